@@ -9,6 +9,8 @@
 
 use std::fmt;
 
+use minicbor::{Decode, Encode};
+
 /// Bits of a fid that hold the creating node's counter; the node's number stands above them.
 pub const FID_COUNTER_BITS: u32 = 40;
 /// Largest node number: fids stay below 2^63, so that they are inode numbers everywhere.
@@ -25,7 +27,8 @@ pub const PATH_LEN_MAX: usize = 4096;
 pub const RANGES_MAX: usize = 256;
 
 /// An object's identity for ever: creating node's number and its counter. Never reused.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+#[cbor(transparent)]
 pub struct Fid(pub u64);
 
 /// The root directory of every volume.
@@ -60,7 +63,8 @@ impl fmt::Display for Fid {
 }
 
 /// Position of a record in one node's journal; the first record is 1, 0 means none.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug)]
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug)]
+#[cbor(transparent)]
 pub struct Seq(pub u64);
 
 impl Seq {
@@ -71,13 +75,16 @@ impl Seq {
 
 /// An object's version: the server journal's seq of the last record that changed it; 0 means that
 /// the server has not seen it changed since it was first served.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug)]
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug)]
+#[cbor(transparent)]
 pub struct Stamp(pub u64);
 
 /// A time of a file: seconds since the Unix epoch (may be negative) and nanoseconds, 0..1e9.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Debug)]
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Debug)]
 pub struct Time {
+    #[n(0)]
     pub sec: i64,
+    #[n(1)]
     pub nsec: u32,
 }
 
@@ -121,18 +128,26 @@ pub struct Place {
 }
 
 /// The attributes that a removed object had: what undo and certification need of it.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Attr {
     /// file type and permission bits, as in `st_mode`
+    #[n(0)]
     pub mode: u32,
+    #[n(1)]
     pub uid: u32,
+    #[n(2)]
     pub gid: u32,
+    #[n(3)]
     pub nlink: u32,
     /// device number of a character or block device, as in `st_rdev`
+    #[n(4)]
     pub rdev: u64,
     /// bytes
+    #[n(5)]
     pub size: u64,
+    #[n(6)]
     pub atime: Time,
+    #[n(7)]
     pub mtime: Time,
 }
 
@@ -184,22 +199,81 @@ pub enum Op {
     Noop,
     /// a regular file; `mode` as the caller asked for it, masked by `umask` or the directory's
     /// default ACL, as open(2) has it; owner and group are the record's uid and gid
-    Create { at: Place, fid: Fid, mode: u32, umask: u32 },
-    Mkdir { at: Place, fid: Fid, mode: u32, umask: u32 },
-    Symlink { at: Place, fid: Fid, target: Vec<u8> },
+    Create {
+        at: Place,
+        fid: Fid,
+        mode: u32,
+        umask: u32,
+    },
+    Mkdir {
+        at: Place,
+        fid: Fid,
+        mode: u32,
+        umask: u32,
+    },
+    Symlink {
+        at: Place,
+        fid: Fid,
+        target: Vec<u8>,
+    },
     /// a fifo, socket or device; `mode` with its file type bits
-    Mknod { at: Place, fid: Fid, mode: u32, umask: u32, rdev: u64 },
-    Link { at: Place, fid: Fid, base: Stamp },
-    Rename { from: Place, to: Place, fid: Fid, base: Stamp, over: Over },
-    Unlink { at: Place, gone: Gone },
-    Rmdir { at: Place, gone: Gone },
-    Setattr { fid: Fid, base: Stamp, new: Change, old: Change },
+    Mknod {
+        at: Place,
+        fid: Fid,
+        mode: u32,
+        umask: u32,
+        rdev: u64,
+    },
+    Link {
+        at: Place,
+        fid: Fid,
+        base: Stamp,
+    },
+    Rename {
+        from: Place,
+        to: Place,
+        fid: Fid,
+        base: Stamp,
+        over: Over,
+    },
+    Unlink {
+        at: Place,
+        gone: Gone,
+    },
+    Rmdir {
+        at: Place,
+        gone: Gone,
+    },
+    Setattr {
+        fid: Fid,
+        base: Stamp,
+        new: Change,
+        old: Change,
+    },
     /// `old`: the value it replaced, if there was one
-    Setxattr { fid: Fid, base: Stamp, name: Vec<u8>, value: Vec<u8>, old: Option<Vec<u8>> },
-    Removexattr { fid: Fid, base: Stamp, name: Vec<u8>, old: Option<Vec<u8>> },
+    Setxattr {
+        fid: Fid,
+        base: Stamp,
+        name: Vec<u8>,
+        value: Vec<u8>,
+        old: Option<Vec<u8>>,
+    },
+    Removexattr {
+        fid: Fid,
+        base: Stamp,
+        name: Vec<u8>,
+        old: Option<Vec<u8>>,
+    },
     /// the data of a file changed (InterMezzo's CLOSE): these ranges have new bytes, and the file
     /// now ends at `size`
-    Store { fid: Fid, base: Stamp, size: u64, mtime: Time, ranges: Vec<Range>, old_size: u64 },
+    Store {
+        fid: Fid,
+        base: Stamp,
+        size: u64,
+        mtime: Time,
+        ranges: Vec<Range>,
+        old_size: u64,
+    },
 }
 
 /// Who made a change: (node, seq) names a record for ever, since a node number stands for one

@@ -1,0 +1,439 @@
+//! What two nodes say to each other: one struct a message, one number each.
+//!
+//! The opcode stands in the frame's header (src/net/frame.rs), the body is CBOR with numbered
+//! fields, so that old and new nodes read each other: a field that is not known is skipped, one
+//! that is missing has its default, an opcode that is not known is answered by `Failed`.
+//! Requests carry an id of their sender's; the answer repeats it. `Read` goes both ways: a client
+//! fetches a file with the same message with which the server fetches what a journal announced.
+//! Records travel in the journal's own encoding. Absent on purpose: permits (their opcodes 40..=49
+//! and grants' 50..=59 are kept free).
+//!
+//! Every count and length is bounded here and checked on decoding.
+
+use minicbor::{Decode, Encode};
+
+use crate::kml::record::{Attr, Fid, Seq, Stamp};
+
+/// Version of the protocol; both sides must speak the same.
+pub const VERSION: u16 = 1;
+/// Largest body of a frame, also after decompression, bytes.
+pub const BODY_LEN_MAX: usize = 2 << 20;
+/// Largest piece of a file in one message, bytes.
+pub const RANGE_LEN_MAX: u32 = 1 << 20;
+/// Contents up to this size travel inside the batch that announces them, bytes.
+pub const INLINE_LEN_MAX: usize = 64 << 10;
+/// A page of a listing, or a batch, is closed when it reaches this size, bytes.
+pub const PAGE_LEN: usize = 512 << 10;
+/// Most records in one batch.
+pub const BATCH_RECORDS_MAX: usize = 1024;
+/// Most objects in one `Break` or `Changes`.
+pub const FIDS_MAX: usize = 8192;
+/// Longest name of a volume, bytes.
+pub const VOLUME_NAME_LEN_MAX: usize = 255;
+/// Longest text in a refusal, bytes.
+pub const WHAT_LEN_MAX: usize = 1024;
+
+macro_rules! messages {
+    ($($(#[$doc:meta])* $op:literal $name:ident,)*) => {
+        /// One message of either side.
+        #[derive(Clone, PartialEq, Debug)]
+        pub enum Message { $($(#[$doc])* $name($name),)* }
+
+        impl Message {
+            /// The message's number in the frame's header.
+            pub fn op(&self) -> u16 {
+                match self { $(Message::$name(_) => $op,)* }
+            }
+            /// The body of the frame.
+            pub fn encode(&self) -> Vec<u8> {
+                let mut out = Vec::new();
+                let done = match self { $(Message::$name(body) => minicbor::encode(body, &mut out),)* };
+                debug_assert!(done.is_ok(), "writing to memory cannot fail");
+                out
+            }
+            /// # Errors
+            /// [`Garbled`] when the body is not what its number says, or passes a bound.
+            pub fn decode(op: u16, body: &[u8]) -> Result<Message, Garbled> {
+                let message = match op {
+                    $($op => Message::$name(minicbor::decode(body).map_err(|_| Garbled::Body(op))?),)*
+                    _ => return Err(Garbled::Unknown(op)),
+                };
+                if message.in_bounds() { Ok(message) } else { Err(Garbled::TooMuch(op)) }
+            }
+        }
+        $(impl From<$name> for Message { fn from(body: $name) -> Message { Message::$name(body) } })*
+    };
+}
+
+messages! {
+    /// client: the first message of a connection
+    1 Hello,
+    /// server: the answer to `Hello`
+    2 Welcome,
+    /// server: the other answer to `Hello`; the connection closes after it
+    3 Refused,
+    /// either side: are you there?
+    4 Ping,
+    /// the answer to `Ping`, and to a request that has nothing else to say
+    5 Pong,
+    /// the answer to a request that failed
+    6 Failed,
+    /// client: the entries of a directory
+    10 List,
+    11 Page,
+    /// client: one object as it is now
+    12 Stat,
+    13 Status,
+    /// either side: bytes of a file
+    14 Read,
+    15 Data,
+    /// client: which objects have changed since a stamp
+    16 Since,
+    17 Changes,
+    /// client: how much room the volume has
+    18 Statfs,
+    19 Space,
+    /// client: records of its journal, in order
+    20 Batch,
+    /// server: they are durable, with the objects' new stamps
+    21 Acked,
+    /// server: these objects change; answer with `Pong` once no reader sees the cached state
+    30 Break,
+}
+
+/// Why a body was not understood. The connection is closed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Garbled {
+    #[error("message {0} is not known to protocol version {VERSION}")]
+    Unknown(u16),
+    #[error("message {0} cannot be read")]
+    Body(u16),
+    #[error("message {0} passes a bound")]
+    TooMuch(u16),
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Hello {
+    #[n(0)]
+    pub version: u16,
+    #[n(1)]
+    pub volume: String,
+    /// of the client's journal; a node number stands for one incarnation
+    #[n(2)]
+    #[cbor(with = "minicbor::bytes")]
+    pub incarnation: [u8; 16],
+    /// the number that this server gave to this incarnation; 0 asks for one
+    #[n(3)]
+    pub node: u32,
+    /// the volume that the cache belongs to; zeros for an empty cache
+    #[n(4)]
+    #[cbor(with = "minicbor::bytes")]
+    pub volume_id: [u8; 16],
+    /// for people: host name of the client
+    #[n(5)]
+    pub host: String,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Welcome {
+    #[n(0)]
+    pub version: u16,
+    #[n(1)]
+    #[cbor(with = "minicbor::bytes")]
+    pub volume_id: [u8; 16],
+    /// the client's number
+    #[n(2)]
+    pub node: u32,
+    /// the newest record of this incarnation that the server keeps
+    #[n(3)]
+    pub acked: Seq,
+    /// the volume's stamp
+    #[n(4)]
+    pub stamp: Stamp,
+    /// the volume's name as the server knows it
+    #[n(5)]
+    pub volume: String,
+}
+
+/// Why a server turns a client away, or fails a request.
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Eq, Debug)]
+#[cbor(index_only)]
+pub enum Code {
+    #[n(0)]
+    Other,
+    #[n(1)]
+    WrongVersion,
+    #[n(2)]
+    UnknownVolume,
+    /// the cache belongs to another volume
+    #[n(3)]
+    ForeignCache,
+    #[n(4)]
+    TooManyClients,
+    /// no object has this fid any more
+    #[n(5)]
+    Gone,
+    /// the object is not at the stamp that was asked for
+    #[n(6)]
+    Moved,
+    #[n(7)]
+    NoSpace,
+    #[n(8)]
+    Io,
+    /// a batch that does not follow the last one
+    #[n(9)]
+    Gap,
+    #[n(10)]
+    OutOfTurn,
+    #[n(11)]
+    ReadOnly,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Refused {
+    #[n(0)]
+    pub code: Code,
+    #[n(1)]
+    pub what: String,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Failed {
+    #[n(0)]
+    pub code: Code,
+    #[n(1)]
+    pub what: String,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Ping {}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Pong {
+    /// server: the volume's stamp; every break up to it was sent before this message
+    #[n(0)]
+    pub stamp: Stamp,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct List {
+    #[n(0)]
+    pub dir: Fid,
+    /// the last name of the page before; empty for the first page
+    #[n(1)]
+    #[cbor(with = "minicbor::bytes")]
+    pub after: Vec<u8>,
+}
+
+/// An extended attribute.
+#[derive(Encode, Decode, Clone, PartialEq, Eq, Debug)]
+pub struct Xattr {
+    #[n(0)]
+    #[cbor(with = "minicbor::bytes")]
+    pub name: Vec<u8>,
+    #[n(1)]
+    #[cbor(with = "minicbor::bytes")]
+    pub value: Vec<u8>,
+}
+
+/// One object as the server has it.
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Object {
+    #[n(0)]
+    pub fid: Fid,
+    #[n(1)]
+    pub stamp: Stamp,
+    #[n(2)]
+    pub attr: Attr,
+    /// where a symbolic link leads; empty otherwise
+    #[n(3)]
+    #[cbor(with = "minicbor::bytes")]
+    pub target: Vec<u8>,
+    /// all but imz's own
+    #[n(4)]
+    pub xattrs: Vec<Xattr>,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Entry {
+    #[n(0)]
+    #[cbor(with = "minicbor::bytes")]
+    pub name: Vec<u8>,
+    #[n(1)]
+    pub object: Object,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Page {
+    /// the directory itself
+    #[n(0)]
+    pub dir: Object,
+    /// in ascending order of their names' bytes, after the name that was asked for
+    #[n(1)]
+    pub entries: Vec<Entry>,
+    #[n(2)]
+    pub more: bool,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Stat {
+    #[n(0)]
+    pub fid: Fid,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Status {
+    #[n(0)]
+    pub object: Object,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Read {
+    #[n(0)]
+    pub fid: Fid,
+    #[n(1)]
+    pub at: u64,
+    /// 1..=RANGE_LEN_MAX
+    #[n(2)]
+    pub len: u32,
+    /// from a client: the stamp whose bytes it wants (`Failed(Moved)` when there is a newer one);
+    /// from a server: zero
+    #[n(3)]
+    pub stamp: Stamp,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Data {
+    #[n(0)]
+    pub at: u64,
+    /// shorter than asked for at the end of the file only
+    #[n(1)]
+    #[cbor(with = "minicbor::bytes")]
+    pub bytes: Vec<u8>,
+    /// of the whole file now, bytes
+    #[n(2)]
+    pub size: u64,
+    /// changes whenever the file's data do: pieces of one token belong together
+    #[n(3)]
+    pub token: u64,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Since {
+    #[n(0)]
+    pub stamp: Stamp,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Changes {
+    /// objects that others changed after the stamp that was asked for
+    #[n(0)]
+    pub fids: Vec<Fid>,
+    /// the answer covers all changes up to here; ask again from it while `more`
+    #[n(1)]
+    pub upto: Stamp,
+    #[n(2)]
+    pub more: bool,
+    /// the history does not reach back so far: everything may have changed
+    #[n(3)]
+    pub lost: bool,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Statfs {}
+
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Debug, Default)]
+pub struct Space {
+    /// bytes
+    #[n(0)]
+    pub block_len: u32,
+    #[n(1)]
+    pub blocks: u64,
+    #[n(2)]
+    pub blocks_free: u64,
+    #[n(3)]
+    pub blocks_available: u64,
+    #[n(4)]
+    pub files: u64,
+    #[n(5)]
+    pub files_free: u64,
+}
+
+/// One record, and the bytes of all ranges of its store in a row where they are small.
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Item {
+    /// in the journal's wire encoding
+    #[n(0)]
+    #[cbor(with = "minicbor::bytes")]
+    pub record: Vec<u8>,
+    /// `None`: the server fetches them by `Read`
+    #[n(1)]
+    #[cbor(with = "minicbor::bytes")]
+    pub data: Option<Vec<u8>>,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Batch {
+    /// `upto` of the batch before: the server refuses a gap
+    #[n(0)]
+    pub after: Seq,
+    /// the newest record that this batch covers (the optimiser may have dropped some between)
+    #[n(1)]
+    pub upto: Seq,
+    #[n(2)]
+    pub items: Vec<Item>,
+}
+
+/// The stamp that an object has now.
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Debug)]
+pub struct Stamped {
+    #[n(0)]
+    pub fid: Fid,
+    #[n(1)]
+    pub stamp: Stamp,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Acked {
+    #[n(0)]
+    pub upto: Seq,
+    /// each object that the batch touched, with its new stamp
+    #[n(1)]
+    pub stamps: Vec<Stamped>,
+    /// objects of which the server kept its own version; the client's is preserved there
+    #[n(2)]
+    pub conflicts: Vec<Fid>,
+    /// the volume's stamp; every break up to it was sent before this message
+    #[n(3)]
+    pub stamp: Stamp,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Break {
+    #[n(0)]
+    pub fids: Vec<Fid>,
+}
+
+impl Message {
+    fn in_bounds(&self) -> bool {
+        let object = |o: &Object| o.target.len() <= 4095 && o.xattrs.len() <= 1024;
+        match self {
+            Message::Hello(m) => {
+                m.volume.len() <= VOLUME_NAME_LEN_MAX && m.host.len() <= VOLUME_NAME_LEN_MAX
+            }
+            Message::Refused(m) => m.what.len() <= WHAT_LEN_MAX,
+            Message::Failed(m) => m.what.len() <= WHAT_LEN_MAX,
+            Message::List(m) => m.after.len() <= 255,
+            Message::Page(m) => {
+                object(&m.dir) && m.entries.iter().all(|e| e.name.len() <= 255 && object(&e.object))
+            }
+            Message::Status(m) => object(&m.object),
+            Message::Read(m) => (1..=RANGE_LEN_MAX).contains(&m.len),
+            Message::Data(m) => m.bytes.len() <= RANGE_LEN_MAX as usize,
+            Message::Changes(m) => m.fids.len() <= FIDS_MAX,
+            Message::Batch(m) => m.items.len() <= BATCH_RECORDS_MAX && m.after <= m.upto,
+            Message::Break(m) => m.fids.len() <= FIDS_MAX,
+            _ => true,
+        }
+    }
+}
