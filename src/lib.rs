@@ -7,3 +7,5 @@
 
 pub mod kml;
 pub mod lento;
+pub mod replica;
+pub mod sys;
