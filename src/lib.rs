@@ -6,3 +6,4 @@
 //!   modes > presto, net > lento, replica > kml > sys
 
 pub mod kml;
+pub mod sys;

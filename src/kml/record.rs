@@ -184,22 +184,81 @@ pub enum Op {
     Noop,
     /// a regular file; `mode` as the caller asked for it, masked by `umask` or the directory's
     /// default ACL, as open(2) has it; owner and group are the record's uid and gid
-    Create { at: Place, fid: Fid, mode: u32, umask: u32 },
-    Mkdir { at: Place, fid: Fid, mode: u32, umask: u32 },
-    Symlink { at: Place, fid: Fid, target: Vec<u8> },
+    Create {
+        at: Place,
+        fid: Fid,
+        mode: u32,
+        umask: u32,
+    },
+    Mkdir {
+        at: Place,
+        fid: Fid,
+        mode: u32,
+        umask: u32,
+    },
+    Symlink {
+        at: Place,
+        fid: Fid,
+        target: Vec<u8>,
+    },
     /// a fifo, socket or device; `mode` with its file type bits
-    Mknod { at: Place, fid: Fid, mode: u32, umask: u32, rdev: u64 },
-    Link { at: Place, fid: Fid, base: Stamp },
-    Rename { from: Place, to: Place, fid: Fid, base: Stamp, over: Over },
-    Unlink { at: Place, gone: Gone },
-    Rmdir { at: Place, gone: Gone },
-    Setattr { fid: Fid, base: Stamp, new: Change, old: Change },
+    Mknod {
+        at: Place,
+        fid: Fid,
+        mode: u32,
+        umask: u32,
+        rdev: u64,
+    },
+    Link {
+        at: Place,
+        fid: Fid,
+        base: Stamp,
+    },
+    Rename {
+        from: Place,
+        to: Place,
+        fid: Fid,
+        base: Stamp,
+        over: Over,
+    },
+    Unlink {
+        at: Place,
+        gone: Gone,
+    },
+    Rmdir {
+        at: Place,
+        gone: Gone,
+    },
+    Setattr {
+        fid: Fid,
+        base: Stamp,
+        new: Change,
+        old: Change,
+    },
     /// `old`: the value it replaced, if there was one
-    Setxattr { fid: Fid, base: Stamp, name: Vec<u8>, value: Vec<u8>, old: Option<Vec<u8>> },
-    Removexattr { fid: Fid, base: Stamp, name: Vec<u8>, old: Option<Vec<u8>> },
+    Setxattr {
+        fid: Fid,
+        base: Stamp,
+        name: Vec<u8>,
+        value: Vec<u8>,
+        old: Option<Vec<u8>>,
+    },
+    Removexattr {
+        fid: Fid,
+        base: Stamp,
+        name: Vec<u8>,
+        old: Option<Vec<u8>>,
+    },
     /// the data of a file changed (InterMezzo's CLOSE): these ranges have new bytes, and the file
     /// now ends at `size`
-    Store { fid: Fid, base: Stamp, size: u64, mtime: Time, ranges: Vec<Range>, old_size: u64 },
+    Store {
+        fid: Fid,
+        base: Stamp,
+        size: u64,
+        mtime: Time,
+        ranges: Vec<Range>,
+        old_size: u64,
+    },
 }
 
 /// Who made a change: (node, seq) names a record for ever, since a node number stands for one
