@@ -5,7 +5,9 @@
 //!
 //!   modes > presto, net > lento, replica > kml > sys
 
-pub mod kml;
 pub mod lento;
 pub mod replica;
+
+pub mod kml;
+
 pub mod sys;

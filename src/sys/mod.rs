@@ -2,6 +2,7 @@
 
 pub mod cred;
 pub mod dev_fuse;
+pub mod file;
 pub mod fs;
 
 /// The kernel's error numbers.
