@@ -5,7 +5,10 @@
 //!
 //!   modes > presto, net > lento, replica > kml > sys
 
+pub mod cli;
 pub mod kml;
 pub mod lento;
+pub mod modes;
+pub mod net;
 pub mod replica;
 pub mod sys;

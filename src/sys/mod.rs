@@ -2,6 +2,8 @@
 
 pub mod cred;
 pub mod fs;
+pub mod local;
+pub mod mount;
 
 /// The kernel's error numbers.
 pub use rustix::io::Errno;
