@@ -138,7 +138,7 @@ pub struct ServeArgs {
 /// system type imz.
 #[derive(Args, Debug)]
 #[command(after_long_help = "\
-Mount options (-o):
+Mount options:
   ro, rw             read-only or not (default rw)
   sync, async        fsync waits for the server, too (default async: for the local disk)
   allow_other        let other users in; if not root, /etc/fuse.conf must say user_allow_other
@@ -177,7 +177,7 @@ pub struct MountArgs {
     /// An existing directory, over which the volume appears
     #[arg(value_name = "MOUNTPOINT")]
     pub mountpoint: PathBuf,
-    /// Options, separated by commas; see below
+    /// Mount options, separated by commas; see below
     #[arg(short = 'o', value_name = "OPT[=VALUE],...", value_delimiter = ',')]
     #[arg(value_parser = OsStringValueParser::new().try_map(|text| MountOption::parse(&text)))]
     pub options: Vec<MountOption>,

@@ -49,6 +49,7 @@ const SUN_PATH_MAX: usize = 107;
 #[serde(default)]
 pub struct Status {
     /// the mount point, or the served directory
+    #[serde(serialize_with = "lossy")]
     pub mount: PathBuf,
     /// `HOST:PORT`, or `local` for a directory that the same process serves
     pub server: String,
@@ -62,6 +63,7 @@ pub struct Status {
     /// 0 when nothing is pending
     pub oldest_pending_seconds: u64,
     pub rate_bytes_per_second: u64,
+    #[serde(serialize_with = "lossy")]
     pub cache: PathBuf,
     pub cache_clean_bytes: u64,
     pub cache_dirty_bytes: u64,
@@ -73,6 +75,11 @@ pub struct Status {
     pub pid: u32,
     pub version: String,
     pub last_error: Option<String>,
+}
+
+/// Names are bytes, JSON is UTF-8: a path that is not must not silence the whole answer.
+fn lossy<S: serde::Serializer>(path: &Path, out: S) -> Result<S::Ok, S::Error> {
+    out.serialize_str(&path.to_string_lossy())
 }
 
 /// What a running mount or server says of itself. Called from threads of this module: it must

@@ -10,7 +10,7 @@ struct Daemon {
 
 impl Answer for Daemon {
     fn status(&self) -> Status {
-        Status { mount: "/mnt/x".into(), pending_records: 3, ..Status::default() }
+        Status { mount: not_utf8().into(), pending_records: 3, ..Status::default() }
     }
     fn ship_now(&self) -> u64 {
         7
@@ -21,6 +21,10 @@ impl Answer for Daemon {
     fn shutdown(&self) {
         self.ended.store(true, Ordering::SeqCst);
     }
+}
+
+fn not_utf8() -> std::ffi::OsString {
+    std::os::unix::ffi::OsStringExt::from_vec(b"/mnt/\xff".to_vec())
 }
 
 fn scratch() -> (tempfile::TempDir, PathBuf) {
@@ -36,6 +40,7 @@ fn every_request_has_its_answer_and_the_end_takes_the_socket_away() {
     assert!(matches!(status(&path), Err(ControlError::Absent)));
     let control = serve(&path, daemon.clone()).unwrap();
     assert_eq!(status(&path).unwrap().pending_records, 3);
+    assert_eq!(status(&path).unwrap().mount, Path::new("/mnt/\u{fffd}"));
     assert_eq!(ship(&path).unwrap(), 7);
     assert_eq!(acked(&path).unwrap(), 0);
     *daemon.acked.lock().unwrap() = 7;
