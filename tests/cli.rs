@@ -391,3 +391,54 @@ fn as_mount_helper_it_takes_what_mount_8_passes() {
     let sloppy = helper(&["h:/v", "/mnt", "-sf", "-o", "rw,rofl"]);
     assert!(sloppy.status.success(), "{}", String::from_utf8_lossy(&sloppy.stderr));
 }
+
+// ---- mounts that hang or are dead ------------------------------------------------------------
+
+/// Takes the mount away, whatever the test did.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+/// A mount of our type whose daemon, the one who holds the file, never answers.
+fn mount_without_daemon(mount: &Path) -> std::io::Result<(std::fs::File, Mounted)> {
+    use rustix::mount::MountFlags;
+    let device = std::fs::File::options().read(true).write(true).open("/dev/fuse")?;
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&device);
+    let data = format!("fd={fd},rootmode=40000,user_id=0,group_id=0");
+    let data = std::ffi::CString::new(data).unwrap();
+    rustix::mount::mount("h:7070:/v", mount, "fuse.imz", MountFlags::empty(), &*data)?;
+    Ok((device, Mounted(mount.to_owned())))
+}
+
+#[test]
+fn a_hung_mount_hangs_nobody_and_a_dead_one_is_cleaned_up() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mount = scratch.path().canonicalize().unwrap().join("a b");
+    std::fs::create_dir(&mount).unwrap();
+    let (device, _mounted) = match mount_without_daemon(&mount) {
+        Ok(it) => it,
+        // CI sets this, so that nothing is skipped there
+        Err(e) if std::env::var_os("IMZ_MUST_MOUNT").is_some() => panic!("no mount: {e}"),
+        Err(e) => return eprintln!("skipped: it needs root and /dev/fuse: {e}"),
+    };
+    let name = mount.to_str().unwrap();
+    let began = std::time::Instant::now();
+    check(&["status", name], 1, &["imz: status: ", name, "no imz process"]);
+    check(&["sync", name], 1, &[name, "no imz process"]);
+    check(&["umount", name], 1, &[name, "not unmounted", "--now"]);
+    assert!(began.elapsed() < Duration::from_secs(8), "a hung mount was waited for");
+    let all = imz(&["status", "--json"]);
+    assert_eq!(all.status.code(), Some(1));
+    let all: serde_json::Value = serde_json::from_slice(&all.stdout).unwrap();
+    let ours = all.as_array().unwrap().iter().find(|it| it["mount"] == name).unwrap();
+    assert!(ours["error"].is_string(), "{ours}");
+
+    drop(device); // the daemon dies
+    check(&["umount", name], 0, &["the next mount of its cache goes on"]);
+    check(&["umount", name], 5, &["not an imz mount"]);
+    assert!(std::fs::read_dir(&mount).unwrap().next().is_none(), "the directory is bare again");
+}
