@@ -11,12 +11,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use clap_complete::Shell;
 use imz::cli::options::{Export, MountOption, MountOptions, Passthrough, Point, Source};
 use imz::cli::{Cli, MountArgs};
+use imz::net::control;
 
 // ---- generated files -------------------------------------------------------------------------
 
@@ -441,4 +444,61 @@ fn a_hung_mount_hangs_nobody_and_a_dead_one_is_cleaned_up() {
     check(&["umount", name], 0, &["the next mount of its cache goes on"]);
     check(&["umount", name], 5, &["not an imz mount"]);
     assert!(std::fs::read_dir(&mount).unwrap().next().is_none(), "the directory is bare again");
+}
+
+/// A daemon that has everything at the server after a few questions; it tells when it shall end.
+struct Daemon {
+    mount: PathBuf,
+    asked: AtomicU64,
+    end: Mutex<mpsc::Sender<u64>>,
+}
+
+impl control::Answer for Daemon {
+    fn status(&self) -> control::Status {
+        let (mount, server, volume) = (self.mount.clone(), "h:7070".to_owned(), "v".to_owned());
+        control::Status { mount, server, volume, connected: true, ..control::Status::default() }
+    }
+    fn ship_now(&self) -> u64 {
+        3
+    }
+    fn acked(&self) -> u64 {
+        self.asked.fetch_add(1, Ordering::SeqCst)
+    }
+    fn shutdown(&self) {
+        self.end.lock().unwrap().send(self.asked.load(Ordering::SeqCst)).unwrap();
+    }
+}
+
+#[test]
+fn umount_ships_first_and_returns_after_the_end_of_the_process() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mount = scratch.path().canonicalize().unwrap().join("m");
+    std::fs::create_dir(&mount).unwrap();
+    let (_device, _mounted) = match mount_without_daemon(&mount) {
+        Ok(it) => it,
+        Err(e) if std::env::var_os("IMZ_MUST_MOUNT").is_some() => panic!("no mount: {e}"),
+        Err(e) => return eprintln!("skipped: it needs root and /dev/fuse: {e}"),
+    };
+    let (end, ended) = mpsc::channel();
+    let (asked, end) = (AtomicU64::new(0), Mutex::new(end));
+    let daemon = Arc::new(Daemon { mount: mount.clone(), asked, end });
+    let control = control::serve(&control::socket_path(&mount), daemon.clone()).unwrap();
+    let name = mount.to_str().unwrap();
+
+    let status = imz(&["status", name, "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    assert_eq!((&status["mount"], &status["connected"]), (&name.into(), &true.into()));
+    check(&["sync", name], 0, &[]);
+    assert!(daemon.asked.load(Ordering::SeqCst) > 3, "it waited for the third record");
+
+    daemon.asked.store(0, Ordering::SeqCst);
+    let command = Command::new(env!("CARGO_BIN_EXE_imz")).args(["umount", name]).spawn();
+    let mut command = command.unwrap();
+    let asked = ended.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert!(asked > 3, "it was unmounted before all was shipped");
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(command.try_wait().unwrap().is_none(), "it did not wait for the process");
+    drop(control);
+    assert!(command.wait().unwrap().success());
+    check(&["umount", name], 5, &["not an imz mount"]);
 }
