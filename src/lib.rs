@@ -5,6 +5,11 @@
 //!
 //!   modes > presto, net > lento, replica > kml > sys
 
+pub mod cli;
+pub mod modes;
+
+pub mod net;
+
 pub mod lento;
 pub mod replica;
 

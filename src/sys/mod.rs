@@ -4,6 +4,8 @@ pub mod cred;
 pub mod dev_fuse;
 pub mod file;
 pub mod fs;
+pub mod local;
+pub mod mount;
 
 /// The kernel's error numbers.
 pub use rustix::io::Errno;
