@@ -7,5 +7,6 @@
 pub mod index;
 pub mod meta;
 pub mod ops;
+pub mod recover;
 pub mod state;
 pub mod tree;
