@@ -93,9 +93,9 @@ pub mod record_at {
 }
 
 const _: () = {
-    assert!(segment_at::CRC + 4 == SEGMENT_HEADER_LEN && SEGMENT_HEADER_LEN % 8 == 0);
+    assert!(segment_at::CRC + 4 == SEGMENT_HEADER_LEN && SEGMENT_HEADER_LEN.is_multiple_of(8));
     assert!(record_at::ZERO + 3 == HEADER_LEN && record_at::BODY == HEADER_LEN);
-    assert!(HEADER_LEN % 8 == 0 && TRAILER_LEN % 8 == 0 && BODY_LEN_MAX % 8 == 0);
+    assert!(HEADER_LEN.is_multiple_of(8) && TRAILER_LEN == 8 && BODY_LEN_MAX.is_multiple_of(8));
 };
 
 /// Kinds of records and their names, as they stand in the format and in a dump.
@@ -395,7 +395,7 @@ pub fn record_len_claimed(head: &[u8]) -> Result<usize, Fault> {
 pub fn record_len_before(trailer: &[u8]) -> Result<usize, Fault> {
     let trailer = trailer.get(..TRAILER_LEN).ok_or(Fault::Short)?;
     let len = u64_at(trailer, 0);
-    if len < RECORD_LEN_MIN as u64 || len > RECORD_LEN_MAX as u64 || len % 8 != 0 {
+    if len < RECORD_LEN_MIN as u64 || len > RECORD_LEN_MAX as u64 || !len.is_multiple_of(8) {
         return Err(Fault::Trailer);
     }
     Ok(len as usize)
@@ -1006,3 +1006,6 @@ impl CursorPage {
 pub const WRITERS_MAX: usize = 65536;
 /// The table's header: two words of 8 bytes, magic and version. The slots, fids, follow.
 pub const WRITERS_HEADER: [u64; 2] = [u64::from_le_bytes(*b"imz-wri\n"), VERSION as u64];
+
+#[cfg(test)]
+mod tests;

@@ -230,7 +230,7 @@ impl Log {
         options: Options,
     ) -> Result<Log, LogError> {
         let len = options.segment_len;
-        if !(SEGMENT_LEN_MIN..=SEGMENT_LEN_MAX).contains(&len) || len % 4096 != 0 {
+        if !(SEGMENT_LEN_MIN..=SEGMENT_LEN_MAX).contains(&len) || !len.is_multiple_of(4096) {
             return Err(LogError::SegmentLen { len });
         }
         std::fs::create_dir_all(dir).map_err(|source| io_error("make", dir, source))?;

@@ -7,6 +7,7 @@ pub mod record;
 
 pub mod codec;
 pub mod log;
+pub mod optimise;
 pub mod recover;
 pub mod store;
 pub mod writers;
