@@ -6,6 +6,7 @@
 pub mod record;
 
 pub mod codec;
+pub mod dump;
 pub mod log;
 pub mod optimise;
 pub mod recover;
