@@ -311,3 +311,62 @@ fn threads_share_a_log() {
     seen.sort_unstable();
     assert!(seen.into_iter().eq(0..4 * EACH), "each record once");
 }
+
+/// Where each of the first segment's records begins.
+fn starts(store: &SimStore) -> Vec<Spot> {
+    let segment = store.open(Seq(1)).unwrap();
+    let seed = SegmentHead::first_seed(77);
+    let mut spot = Spot { at: SEGMENT_HEADER_LEN, seq: Seq(1), chain: seed };
+    let (mut spots, mut buf) = (vec![spot], Vec::new());
+    while recover::skip(&*segment, &mut spot, &mut buf).is_ok() {
+        spots.push(spot);
+    }
+    spots
+}
+
+#[test]
+fn a_later_record_proves_that_an_earlier_one_was_acknowledged() {
+    let damaged = |nth: usize| {
+        let store = SimStore::default();
+        let log = open(&store).unwrap();
+        let old = store.cursors().unwrap().unwrap();
+        (0..5).for_each(|n| drop(log.append(&small(n)).unwrap()));
+        log.sync(Seq(5)).unwrap();
+        (5..8).for_each(|n| drop(log.append(&small(n)).unwrap()));
+        std::mem::forget(log);
+        // the cursors of before: only the records know
+        store.put_cursors(0, &old[0], true).unwrap();
+        store.put_cursors(1, &old[1], true).unwrap();
+        let at = starts(&store)[nth - 1].at;
+        store.open(Seq(1)).unwrap().set_word(at + record_at::TIME_NS, 0xbad);
+        open(&store.killed())
+    };
+    for nth in 1..=5 {
+        let why = damaged(nth).err().expect("refused");
+        let seq = Seq(nth as u64);
+        assert!(matches!(why, LogError::Corrupt { seq: s, why: Fault::Crc, .. } if s == seq));
+    }
+    // nobody was promised these
+    for nth in 6..=8 {
+        assert_eq!(damaged(nth).unwrap().last(), Seq(nth as u64 - 1));
+    }
+}
+
+#[test]
+fn a_newer_version_s_record_is_refused_and_not_cut() {
+    let store = SimStore::default();
+    let log = open(&store).unwrap();
+    log.append(&small(1)).unwrap();
+    drop(log);
+    let spot = *starts(&store).last().unwrap();
+    let mut bytes = codec::draft(&small(2)).unwrap();
+    bytes[record_at::KIND] = 200;
+    codec::seal(&mut bytes, spot.seq, spot.chain, Seq(0));
+    let segment = store.open(Seq(1)).unwrap();
+    segment.put(spot.at, &bytes);
+    for _ in 0..2 {
+        let why = open(&store.killed()).err().expect("refused");
+        assert!(matches!(why, LogError::Corrupt { why: Fault::Kind(200), seq: Seq(2), .. }));
+    }
+    assert_eq!(segment.word(spot.at + record_at::SEQ), 2, "left as it was");
+}
