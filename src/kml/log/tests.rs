@@ -160,8 +160,11 @@ fn a_failed_sync_is_final() {
         let store = SimStore::default();
         let log = open(&store).unwrap();
         let ticket = log.append(&small(1)).unwrap();
+        if by_cursor {
+            log.set_cursor("a", 7).unwrap();
+        }
         store.faults().sync_fails.store(true, Relaxed);
-        let failed = if by_cursor { log.set_cursor("a", 1) } else { log.sync(ticket.seq) };
+        let failed = if by_cursor { log.set_cursor("a", 8) } else { log.sync(ticket.seq) };
         assert!(matches!(failed, Err(LogError::Io { .. })));
         store.faults().sync_fails.store(false, Relaxed);
         assert!(log.is_poisoned());
@@ -170,6 +173,9 @@ fn a_failed_sync_is_final() {
         assert!(matches!(log.set_cursor("a", 1), Err(LogError::Poisoned)));
         // what is there can still be read
         assert_eq!(read(&log).len(), 1);
+        // and the cursor page that failed was not the last good one
+        std::mem::forget(log);
+        assert_eq!(open(&store.killed()).unwrap().cursor("a"), if by_cursor { 7 } else { 0 });
     }
 }
 
@@ -369,4 +375,34 @@ fn a_newer_version_s_record_is_refused_and_not_cut() {
         assert!(matches!(why, LogError::Corrupt { why: Fault::Kind(200), seq: Seq(2), .. }));
     }
     assert_eq!(segment.word(spot.at + record_at::SEQ), 2, "left as it was");
+}
+
+#[test]
+fn a_torn_tail_is_zeroed() {
+    let store = SimStore::default();
+    let log = open(&store).unwrap();
+    (0..3).for_each(|n| drop(log.append(&small(n)).unwrap()));
+    std::mem::forget(log);
+    let at = starts(&store)[1].at;
+    let segment = store.open(Seq(1)).unwrap();
+    segment.set_word(at + record_at::TIME_NS, 0xbad);
+    assert_eq!(open(&store.killed()).unwrap().last(), Seq(1));
+    assert_eq!(recover::data_end(&*segment, at), at);
+}
+
+#[test]
+fn a_record_put_in_another_s_place_is_seen_from_behind() {
+    let store = SimStore::default();
+    let log = open(&store).unwrap();
+    (0..3).for_each(|n| drop(log.append(&small(n)).unwrap()));
+    let spot = starts(&store)[1];
+    let mut forged = small(1);
+    forged.uid = 4321;
+    let bytes = codec::encode(&forged, spot.seq, spot.chain).unwrap();
+    let mut back = log.entries_back(Seq(3));
+    assert_eq!(back.next().unwrap().unwrap().seq, Seq(3));
+    store.open(Seq(1)).unwrap().put(spot.at, &bytes);
+    let why = back.next().unwrap();
+    assert!(matches!(why, Err(LogError::Corrupt { seq: Seq(2), why: Fault::Chain, .. })));
+    assert!(back.next().is_none());
 }
