@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::kml::record::{Change, Fid, Range, Stamp, Time};
 use crate::kml::samples::{all, place, record, small};
 
 #[test]

@@ -225,3 +225,14 @@ fn what_is_no_journal_says_so() {
     let (entries, end) = dump(&other, Options::default());
     assert!(entries.is_empty() && matches!(end.why, Why::Stop(Stop::Corrupt(Fault::Magic))));
 }
+
+#[test]
+fn a_segment_that_lost_its_empty_tail_is_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    log(dir.path()).append(&small(1)).unwrap();
+    let file = dir.path().join(segment_name(Seq(1)));
+    fs::write(&file, &fs::read(&file).unwrap()[..1000]).unwrap();
+    let (entries, end) = dump(&file, Options::default());
+    assert_eq!(seqs(&entries), [1]);
+    assert!(matches!(end.why, Why::Stop(Stop::Corrupt(Fault::Short))), "{end}");
+}

@@ -292,7 +292,7 @@ impl User {
         let (old_size, end) = (data.len() as u64, usize::from(at + len));
         data.resize(data.len().max(end), 0);
         data[usize::from(at)..end].fill(stamp);
-        if at % 3 == 0 {
+        if at.is_multiple_of(3) {
             data.truncate(end);
         }
         let size = data.len() as u64;
