@@ -7,3 +7,4 @@
 
 pub mod kml;
 pub mod lento;
+pub mod net;
