@@ -13,12 +13,23 @@ use super::meta::Meta;
 use super::ops::attr_of;
 use super::tree::{Dir, Result, TreeError};
 use crate::kml::record::{Attr, Fid, Name, ROOT, Seq, Stamp, Time};
-use crate::lento::message::{Object, Stamped, Xattr};
 use crate::sys::fs::{self, Kind, SetTime, Stat, o};
 use crate::sys::{Errno, cred};
 
 /// Writing to a file takes this attribute away, whoever writes.
 const CAPABILITY: &[u8] = b"security.capability";
+
+/// One object as the server has it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Remote {
+    pub fid: Fid,
+    pub stamp: Stamp,
+    pub attr: Attr,
+    /// where a symbolic link leads; empty otherwise
+    pub target: Vec<u8>,
+    /// (name, value) of all but imz's own
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
 
 /// What the kernel must forget, because it is not so any more.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -40,24 +51,58 @@ pub(super) fn time(time: Time) -> SetTime {
 ///
 /// # Errors
 /// The backing file system failed. An object that is not in the cache is no error.
-pub fn set_object(cache: &Cache, object: &Object, mark: Seq) -> Result<Vec<Notice>> {
+pub fn set_object(cache: &Cache, object: &Remote, mark: Seq) -> Result<Vec<Notice>> {
     let fid = object.fid;
-    if fid == ROOT {
-        let _locked = cache.tree.lock(&[fid]);
-        let root = cache.tree.root().clone();
-        update_dir(cache, &root, object, mark, false)?;
+    let is_dir = Kind::of(object.attr.mode) == Kind::Dir;
+    if let Some(dir) = cache.tree.cached_dir(fid).filter(|_| is_dir) {
+        let _locked = cache.tree.lock_objects(&[fid]);
+        update_dir(cache, &dir, object, mark, false)?;
         return Ok(vec![Notice::Object { fid, dir: true }]);
     }
-    let Some((dir, name)) = not_gone(cache.tree.place(fid))? else { return Ok(Vec::new()) };
-    let _locked = cache.tree.lock(&[dir.fid, fid]);
-    let Some(meta) = not_gone(cache.tree.meta(&dir, &name))?.flatten() else {
-        return Ok(Vec::new());
-    };
-    if meta.fid != fid {
-        return Ok(Vec::new()); // it moved while the lock was awaited
+    let done = at_place(cache, fid, |dir, name, meta| {
+        let stat = fs::stat(dir, name.as_bytes())?;
+        if stat.kind() == Kind::of(object.attr.mode) {
+            update(cache, dir, name, meta, object, mark)?;
+        }
+        Ok(())
+    });
+    match not_gone(done)? {
+        Some(()) => Ok(vec![Notice::Object { fid, dir: is_dir }]),
+        None => Ok(Vec::new()),
     }
-    update(cache, &dir, &name, meta, object, mark)?;
-    Ok(vec![Notice::Object { fid, dir: Kind::of(object.attr.mode) == Kind::Dir }])
+}
+
+/// Does something with an object where it stands, under the locks that keep it there.
+fn at_place<T>(
+    cache: &Cache,
+    fid: Fid,
+    act: impl FnOnce(&Dir, &Name, Meta) -> Result<T>,
+) -> Result<T> {
+    for _ in 0..8 {
+        let (dir, name, _) = cache.tree.find(fid)?;
+        let _entries = cache.tree.lock(&[dir.fid]);
+        let _object = cache.tree.lock_objects(&[fid]);
+        if let Some(meta) = not_gone(cache.tree.meta(&dir, &name))?.flatten()
+            && meta.fid == fid
+        {
+            return act(&dir, &name, meta);
+        }
+        // It moved while the locks were awaited.
+    }
+    Err(TreeError::Gone(fid))
+}
+
+/// Changes what is known of an object, wherever it stands.
+fn edit(cache: &Cache, fid: Fid, change: impl FnOnce(&mut Meta)) -> Result<()> {
+    if let Some(dir) = cache.tree.cached_dir(fid) {
+        let _locked = cache.tree.lock_objects(&[fid]);
+        return cache.tree.edit_dir(&dir, change);
+    }
+    at_place(cache, fid, |dir, name, mut meta| {
+        let before = meta.clone();
+        change(&mut meta);
+        if meta == before { Ok(()) } else { cache.tree.set_meta(dir, name, &meta) }
+    })
 }
 
 fn not_gone<T>(found: Result<T>) -> Result<Option<T>> {
@@ -75,7 +120,7 @@ pub(super) fn update(
     dir: &Dir,
     name: &Name,
     mut meta: Meta,
-    object: &Object,
+    object: &Remote,
     mark: Seq,
 ) -> Result<()> {
     let kind = Kind::of(object.attr.mode);
@@ -114,13 +159,13 @@ pub(super) fn update(
 /// Whether the file's data here are those of the server's version. All nodes give a stored file
 /// the same modification time to the nanosecond, so that a rename or a chmod elsewhere does not
 /// cost a fetch.
-fn same_content(meta: &Meta, stat: &Stat, object: &Object) -> bool {
+fn same_content(meta: &Meta, stat: &Stat, object: &Remote) -> bool {
     let attr = attr_of(stat);
     (meta.stamp == object.stamp && !meta.stale)
         || (attr.size == object.attr.size && attr.mtime == object.attr.mtime)
 }
 
-pub(super) fn stub_meta(object: &Object) -> Meta {
+pub(super) fn stub_meta(object: &Remote) -> Meta {
     let mut meta = Meta::stub(object.fid, object.stamp, object.attr.size);
     if object.attr.size == 0 {
         meta.complete = true;
@@ -128,7 +173,7 @@ pub(super) fn stub_meta(object: &Object) -> Meta {
     meta
 }
 
-pub(super) fn nlink(object: &Object) -> u32 {
+pub(super) fn nlink(object: &Remote) -> u32 {
     match Kind::of(object.attr.mode) {
         Kind::Dir => object.attr.nlink,
         _ if object.attr.nlink > 1 => object.attr.nlink,
@@ -140,7 +185,7 @@ pub(super) fn nlink(object: &Object) -> u32 {
 pub(super) fn update_dir(
     cache: &Cache,
     dir: &Dir,
-    object: &Object,
+    object: &Remote,
     mark: Seq,
     listed: bool,
 ) -> Result<()> {
@@ -167,7 +212,7 @@ pub(super) fn set_attributes(
     cache: &Cache,
     dir: impl AsFd + Copy,
     name: &[u8],
-    object: &Object,
+    object: &Remote,
     keep_times: bool,
 ) -> Result<()> {
     let attr = &object.attr;
@@ -209,9 +254,14 @@ fn owner_bits(kind: Kind) -> u32 {
     }
 }
 
-fn set_xattrs(cache: &Cache, dir: impl AsFd + Copy, name: &[u8], wanted: &[Xattr]) -> Result<()> {
+fn set_xattrs(
+    cache: &Cache,
+    dir: impl AsFd + Copy,
+    name: &[u8],
+    wanted: &[(Vec<u8>, Vec<u8>)],
+) -> Result<()> {
     let mut want: BTreeMap<&[u8], &[u8]> = BTreeMap::new();
-    want.extend(wanted.iter().map(|x| (&x.name[..], &x.value[..])));
+    want.extend(wanted.iter().map(|(name, value)| (&name[..], &value[..])));
     want.remove(cache.tree.own_key());
     let refused = |key: &[u8], done: std::result::Result<(), Errno>| match done {
         Ok(()) | Err(Errno::NODATA) => Ok(()),
@@ -251,7 +301,7 @@ pub fn write_range(
     bytes: &[u8],
     granule: Option<(u64, u64)>,
 ) -> Result<()> {
-    let _locked = cache.tree.lock(&[fid]);
+    let _locked = cache.tree.lock_objects(&[fid]);
     let Some(fd) = not_gone(cache.open_object(fid, o::RDWR | o::NONBLOCK))? else {
         return Ok(());
     };
@@ -305,11 +355,7 @@ fn write_unless_hole(fd: &OwnedFd, bytes: &[u8], at: u64) -> Result<()> {
 pub fn mark_stale(cache: &Cache, fids: &[Fid]) -> (Vec<Notice>, Result<()>) {
     let (mut notices, mut result) = (Vec::new(), Ok(()));
     for fid in fids {
-        let marked = {
-            let _locked = cache.tree.lock(&[*fid]);
-            not_gone(cache.tree.edit_meta(*fid, |meta| meta.stale = true))
-        };
-        match marked {
+        match not_gone(edit(cache, *fid, |meta| meta.stale = true)) {
             Ok(None) => continue,
             Ok(Some(())) => {}
             Err(e) => result = Err(e),
@@ -329,17 +375,16 @@ pub fn mark_stale(cache: &Cache, fids: &[Fid]) -> (Vec<Notice>, Result<()>) {
 /// An object could not be marked. All others are.
 pub fn acked(
     cache: &Cache,
-    stamps: &[Stamped],
+    stamps: &[(Fid, Stamp)],
     conflicts: &[Fid],
 ) -> (Vec<Notice>, Result<()>) {
     let mut result = Ok(());
-    for stamped in stamps {
-        let _locked = cache.tree.lock(&[stamped.fid]);
-        let epoch = cache.epoch();
-        let done = cache.tree.edit_meta(stamped.fid, |meta| {
+    let epoch = cache.epoch();
+    for (fid, stamp) in stamps {
+        let done = edit(cache, *fid, |meta| {
             // What was not current does not become so by an own change: see `same` above.
             meta.stale |= meta.epoch != epoch;
-            meta.stamp = meta.stamp.max(stamped.stamp);
+            meta.stamp = meta.stamp.max(*stamp);
         });
         if let Err(e) = not_gone(done) {
             result = Err(e);

@@ -10,11 +10,11 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::cache::Cache;
-use super::hydrate::{self, Notice};
+use super::hydrate::{self, Notice, Remote};
 use super::meta::Meta;
+use super::ops::time_of_ns;
 use super::tree::{Dir, OWN_NAME, Result, TreeError};
-use crate::kml::record::{Fid, Name, ROOT, Seq};
-use crate::lento::message::{Entry, Object, Page};
+use crate::kml::record::{Fid, Name, ROOT, Seq, Time};
 use crate::sys::fs::{self, Kind, RenameMode, SetTime, Stat, o};
 use crate::sys::{Errno, cred};
 
@@ -26,9 +26,17 @@ const DEPTH_MAX: usize = 4096;
 pub struct Listing {
     seen: HashSet<Name>,
     /// the directory as the newest page had it
-    dir: Option<Object>,
+    dir: Option<Remote>,
     /// something stayed that the server does not have there
     kept: bool,
+}
+
+/// One page of a listing.
+pub struct RemotePage {
+    /// the directory itself
+    pub dir: Remote,
+    /// the bytes of names, not checked yet, and what they stand for
+    pub entries: Vec<(Vec<u8>, Remote)>,
 }
 
 /// What one entry needs, found before its locks are taken and checked after.
@@ -43,9 +51,11 @@ impl Found {
     fn here_fid(&self) -> Option<Fid> {
         self.here.as_ref().and_then(|(_, meta)| meta.as_ref()).map(|meta| meta.fid)
     }
-    fn fids(&self, dir: Fid, object: Fid) -> Vec<Fid> {
+    /// The directories and the objects to lock.
+    fn locks(&self, dir: Fid, object: Fid) -> (Vec<Fid>, Vec<Fid>) {
         let other = self.elsewhere.as_ref().map(|(dir, _)| dir.fid);
-        [Some(dir), Some(object), self.here_fid(), other].into_iter().flatten().collect()
+        let dirs = [Some(dir), other].into_iter().flatten().collect();
+        (dirs, [Some(object), self.here_fid()].into_iter().flatten().collect())
     }
 }
 
@@ -57,36 +67,37 @@ pub fn merge_page(
     cache: &Cache,
     listing: &mut Listing,
     dir: Fid,
-    page: Page,
+    page: RemotePage,
     mark: Seq,
 ) -> Result<Vec<Notice>> {
     let dir = cache.tree.dir(dir)?;
-    let times = {
-        let stat = fs::fstat(&*dir)?;
-        (SetTime::At(stat.atime.0, stat.atime.1), SetTime::At(stat.mtime.0, stat.mtime.1))
-    };
+    let before = fs::fstat(&*dir)?.mtime;
     let mut notices = Vec::new();
     let mut merged = Ok(());
-    for entry in &page.entries {
-        let Ok(name) = Name::new(&entry.name) else {
-            log::warn!("the server has an entry that is not a name: {}", entry.name.escape_ascii());
+    for (raw, object) in &page.entries {
+        let Ok(name) = Name::new(raw) else {
+            log::warn!("the server has an entry that is not a name: {}", raw.escape_ascii());
             continue;
         };
         if dir.fid == ROOT && name.as_bytes() == OWN_NAME {
             continue;
         }
         listing.seen.insert(name.clone());
-        merged = merge_entry(cache, listing, &dir, &name, entry, mark, &mut notices);
+        merged = merge_entry(cache, listing, &dir, &name, object, mark, &mut notices);
         if merged.is_err() {
             break;
         }
     }
     listing.dir = Some(page.dir);
     // Filling a directory is no change of it.
-    let _locked = cache.tree.lock(&[dir.fid]);
-    if cache.pending().own(dir.fid).entries <= mark {
-        fs::utimes_fd(&*dir, times.0, times.1)?;
-    }
+    let _locked = cache.tree.lock_objects(&[dir.fid]);
+    let own = cache.pending().own(dir.fid);
+    let when = if own.entries > mark {
+        hydrate::time(time_of_ns(own.entries_ns))
+    } else {
+        SetTime::At(before.0, before.1)
+    };
+    fs::utimes_fd(&*dir, SetTime::Keep, when)?;
     merged.map(|()| notices)
 }
 
@@ -111,7 +122,8 @@ pub fn finish_listing(
             continue;
         }
         let found = Found { here: look(cache, &dir, &name)?, elsewhere: None };
-        let _locked = cache.tree.lock(&found.fids(dir.fid, dir.fid));
+        let _entries = cache.tree.lock(&[dir.fid]);
+        let _object = cache.tree.lock_objects(&found.here_fid().into_iter().collect::<Vec<_>>());
         let here = look(cache, &dir, &name)?;
         let Some((stat, meta)) = here else { continue };
         if meta.as_ref().map(|meta| meta.fid) != found.here_fid() {
@@ -124,7 +136,7 @@ pub fn finish_listing(
             kept = true;
         }
     }
-    let _locked = cache.tree.lock(&[dir.fid]);
+    let _locked = cache.tree.lock_objects(&[dir.fid]);
     hydrate::update_dir(cache, &dir, &object, mark, true)?;
     if kept || !fresh {
         cache.tree.edit_dir(&dir, |meta| meta.stale = true)?;
@@ -162,19 +174,20 @@ fn merge_entry(
     listing: &mut Listing,
     dir: &Arc<Dir>,
     name: &Name,
-    entry: &Entry,
+    object: &Remote,
     mark: Seq,
     notices: &mut Vec<Notice>,
 ) -> Result<()> {
-    let object = &entry.object;
     if object.fid == ROOT || object.fid == dir.fid {
         log::warn!("the server names a directory in itself: {name:?}");
         return Ok(());
     }
     let before = find(cache, dir, name, object.fid)?;
-    let _locked = cache.tree.lock(&before.fids(dir.fid, object.fid));
+    let locks = before.locks(dir.fid, object.fid);
+    let _entries = cache.tree.lock(&locks.0);
+    let _objects = cache.tree.lock_objects(&locks.1);
     let found = find(cache, dir, name, object.fid)?;
-    if found.fids(dir.fid, object.fid) != before.fids(dir.fid, object.fid) {
+    if found.locks(dir.fid, object.fid) != locks {
         listing.kept = true; // it changed while the locks were awaited
         return Ok(());
     }
@@ -195,7 +208,8 @@ fn merge_entry(
     // The name stood for something else, or was known to be free.
     notices.push(Notice::Entry { dir: dir.fid, name: name.clone() });
     if let Some((from, old)) = &found.elsewhere {
-        if cache.pending().name(from.fid, old) > mark || !bring(cache, dir, name, from, old, object)?
+        if cache.pending().name(from.fid, old) > mark
+            || !bring(cache, dir, name, from, old, object)?
         {
             listing.kept = true;
             return Ok(());
@@ -213,12 +227,10 @@ fn merge_entry(
     } else {
         return make_stub(cache, dir, name, object);
     }
-    let meta = match cache.tree.meta(dir, name)? {
-        Some(meta) => meta,
-        None => hydrate::stub_meta(object), // a loose one forgets what it is in limbo
-    };
-    cache.tree.set_meta(dir, name, &meta)?;
-    hydrate::update(cache, dir, name, meta, object, mark)
+    match cache.tree.meta(dir, name)? {
+        Some(meta) => hydrate::update(cache, dir, name, meta, object, mark),
+        None => Ok(()),
+    }
 }
 
 /// Gives the object that stands at `old` the name that the server has for it. False: it cannot
@@ -229,11 +241,11 @@ fn bring(
     name: &Name,
     from: &Dir,
     old: &Name,
-    object: &Object,
+    object: &Remote,
 ) -> Result<bool> {
     let (kind, when) = (Kind::of(object.attr.mode), fs::fstat(dir)?.mtime);
     let was = fs::fstat(from)?;
-    let when = crate::kml::record::Time { sec: when.0, nsec: when.1 };
+    let when = Time { sec: when.0, nsec: when.1 };
     let is_link = kind != Kind::Dir && object.attr.nlink > 1;
     let done = if fs::stat(from, old.as_bytes())?.kind() != kind {
         Ok(())
@@ -325,7 +337,7 @@ pub fn is_needed(cache: &Cache, fid: Fid, kind: Kind, mark: Seq) -> bool {
 }
 
 /// Makes an object of which only the attributes are here.
-fn make_stub(cache: &Cache, dir: &Arc<Dir>, name: &Name, object: &Object) -> Result<()> {
+fn make_stub(cache: &Cache, dir: &Arc<Dir>, name: &Name, object: &Remote) -> Result<()> {
     let (raw, attr) = (name.as_bytes(), &object.attr);
     let meta = Meta {
         epoch: cache.epoch(),
@@ -363,7 +375,7 @@ fn fill_stub(
     cache: &Cache,
     dir: &Arc<Dir>,
     name: &Name,
-    object: &Object,
+    object: &Remote,
     meta: &Meta,
 ) -> Result<()> {
     let raw = name.as_bytes();

@@ -4,8 +4,13 @@
 //! extended attribute on the object itself; the index from fid to name can be rebuilt from the
 //! tree at any time. There is no database of truth.
 
+pub mod cache;
+pub mod hydrate;
 pub mod index;
+pub mod limbo;
+pub mod merge;
 pub mod meta;
 pub mod ops;
+pub mod pending;
 pub mod state;
 pub mod tree;
