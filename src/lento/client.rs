@@ -1,0 +1,632 @@
+//! The client's side of the conversation, as a state machine: connection, currency, breaks.
+//!
+//! ```text
+//!  Away --retry_at--> Connecting --on_connected--> Greeting --Welcome--> CatchingUp --!more--> Online
+//!   ^------------------- closed, refused, silent for TIMEOUT, out of turn ------------------------'
+//! ```
+//!
+//! Events go in by `on_*`, effects come out by [`Client::poll`] and are carried out in their order
+//! before the next event goes in. What callers wait for is in fetch.rs, what is shipped in ship.rs;
+//! both speak through [`Line`]. What it keeps true:
+//!
+//! - `current` (the stamp up to which every break was processed) only grows by messages that the
+//!   server sent after those breaks, and only once the answer to `Since` is complete.
+//! - A break is answered after the driver says that no reader sees the cached state any more.
+//! - Every want ends: met, or unmet at the latest `TIMEOUT` after the server was last there.
+//!   Wants survive a connection that breaks, if the next one stands within that time.
+//!
+//! Absent on purpose: sockets, files, the clock, and decisions (policy.rs).
+//! Source: etcd's raft and quinn-proto for the form; AFS callbacks for the promises.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use super::fetch::Fetcher;
+use super::message::*;
+use super::policy;
+use super::ship::{Bell, Shipper};
+use crate::kml::record::{Fid, Seq, Stamp};
+
+/// Most breaks that wait for the kernel at one time; a server that sends more is not ours.
+const BREAKS_MAX: usize = 4096;
+
+/// The driver's name for somebody who waits.
+pub type Ticket = u64;
+
+/// Why a want was not met.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Unmet {
+    #[error("the server is away")]
+    Unreachable,
+    #[error("the object is gone at the server")]
+    Gone,
+    #[error("the server failed the request ({0:?})")]
+    Failed(Code),
+    /// the cache could not take what came: an errno of the local file system
+    #[error("the cache cannot keep what the server sent (errno {0})")]
+    Local(i32),
+}
+
+/// What somebody waits for. An object is fetched with its attributes, a directory with its entries.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Want {
+    Dir(Fid),
+    Object(Fid),
+    Bytes(Bytes),
+}
+
+/// Bytes of a file that is not all here.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Bytes {
+    pub fid: Fid,
+    /// the version whose bytes are here
+    pub stamp: Stamp,
+    /// length of the file's granules, and of its base version, bytes
+    pub granule_len: u64,
+    pub base_size: u64,
+    /// where the granules begin that the caller waits for, ascending; not empty
+    pub need: Vec<u64>,
+    /// where the next granules begin that are missing as well, ascending
+    pub ahead: Vec<u64>,
+}
+
+/// How this client introduces itself.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Who {
+    pub volume: String,
+    pub incarnation: [u8; 16],
+    /// 0 until a server gave one
+    pub node: u32,
+    /// zeros until the cache belongs to a volume
+    pub volume_id: [u8; 16],
+    pub host: String,
+}
+
+/// What the driver is to do.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Effect {
+    Connect,
+    Close {
+        why: String,
+    },
+    Send {
+        foreground: bool,
+        id: u64,
+        answer: bool,
+        message: Message,
+    },
+    Resolve {
+        ticket: Ticket,
+        how: Result<(), Unmet>,
+    },
+    /// the cache belongs to this volume from now on
+    Welcomed {
+        node: u32,
+        volume_id: [u8; 16],
+        volume: String,
+    },
+    /// the server will not have us; attempts go on
+    Refused {
+        code: Code,
+        what: String,
+    },
+    /// `first`: forget what an earlier attempt at this listing saw. Names and objects whose newest
+    /// own record is after `mark` stay as they are
+    MergePage {
+        dir: Fid,
+        first: bool,
+        mark: Seq,
+        page: Page,
+    },
+    /// the pages covered the directory; not `fresh`: it changed again meanwhile
+    FinishListing {
+        dir: Fid,
+        mark: Seq,
+        fresh: bool,
+    },
+    SetObject {
+        object: Object,
+        mark: Seq,
+    },
+    /// bytes of the version `stamp`; `granule` (at, len) is all here with them
+    WriteRange {
+        fid: Fid,
+        stamp: Stamp,
+        at: u64,
+        bytes: Vec<u8>,
+        granule: Option<(u64, u64)>,
+    },
+    /// tell [`Client::on_break_done`] of a `break_id` once no reader sees the cached state
+    MarkStale {
+        break_id: Option<u64>,
+        fids: Vec<Fid>,
+    },
+    /// everything in the cache may be old
+    BumpEpoch,
+    /// give [`Client::on_batch_cut`] the batch that follows `after` and covers no more than `upto`
+    CutBatch {
+        after: Seq,
+        upto: Seq,
+    },
+    /// what was read of the journal for batches is to be read again
+    RestartShipping,
+    /// answer with `Data` or `Failed`, in the background, under this id
+    AnswerRead {
+        id: u64,
+        read: Read,
+    },
+    Acked {
+        upto: Seq,
+        stamps: Vec<Stamped>,
+        conflicts: Vec<Fid>,
+    },
+    /// the server lost what it had acknowledged
+    ServerBehind {
+        theirs: Seq,
+        ours: Seq,
+    },
+    SpaceIs(Space),
+    SetOnline(bool),
+    SaveCurrent(Stamp),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    Away { retry_at: Instant },
+    Connecting { until: Instant },
+    Greeting,
+    CatchingUp,
+    Online,
+}
+
+/// What a request of ours was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Ask {
+    Hello,
+    Ping,
+    Space,
+    Since,
+    List { dir: Fid },
+    Stat { fid: Fid },
+    Piece { fid: Fid, at: u64 },
+    Batch,
+}
+
+struct Asked {
+    ask: Ask,
+    /// someone waits, since then
+    waits_since: Option<Instant>,
+}
+
+/// The way out: requests that wait for their answers, and effects that wait for the driver.
+#[derive(Default)]
+pub(super) struct Line {
+    next_id: u64,
+    asked: HashMap<u64, Asked>,
+    effects: VecDeque<Effect>,
+    pub foreground_count: u64,
+}
+
+impl Line {
+    /// `waits_since`: someone waits for the answer, so it goes ahead of the rest.
+    pub fn ask(&mut self, ask: Ask, waits_since: Option<Instant>, message: Message) -> u64 {
+        self.next_id += 1;
+        let (id, foreground) = (self.next_id, waits_since.is_some());
+        let wanted = matches!(ask, Ask::List { .. } | Ask::Stat { .. } | Ask::Piece { .. });
+        self.foreground_count += u64::from(foreground && wanted);
+        self.asked.insert(id, Asked { ask, waits_since });
+        self.effects.push_back(Effect::Send { foreground, id, answer: false, message });
+        id
+    }
+    /// The answer to this request means nothing any more.
+    pub fn forget(&mut self, id: u64) {
+        self.asked.remove(&id);
+    }
+    pub fn effect(&mut self, effect: Effect) {
+        self.effects.push_back(effect);
+    }
+    pub fn resolve(&mut self, tickets: impl IntoIterator<Item = Ticket>, how: Result<(), Unmet>) {
+        let resolve = |ticket| Effect::Resolve { ticket, how };
+        self.effects.extend(tickets.into_iter().map(resolve));
+    }
+}
+
+/// The machine.
+pub struct Client {
+    state: State,
+    who: Who,
+    line: Line,
+    fetcher: Fetcher,
+    shipper: Shipper,
+    /// all breaks up to here have been processed
+    current: Stamp,
+    saved: Stamp,
+    saved_at: Instant,
+    /// attempts that failed since the connection last stood
+    fails: u32,
+    chance: u64,
+    /// not online: until then wants wait for the connection
+    grace_until: Instant,
+    /// when anything came from the server, and when bytes came that somebody may wait for
+    heard_at: Instant,
+    moved_at: Instant,
+    moved_len: u64,
+    pinged: bool,
+    breaks: usize,
+}
+
+impl Client {
+    /// `current`: as `SaveCurrent` gave it; `acked`: the journal's cursor; `seed`: any number.
+    pub fn new(
+        who: Who,
+        current: Stamp,
+        acked: Seq,
+        age: Duration,
+        seed: u64,
+        now: Instant,
+    ) -> Client {
+        Client {
+            state: State::Away { retry_at: now },
+            who,
+            line: Line::default(),
+            fetcher: Fetcher::default(),
+            shipper: Shipper::new(acked, age, now),
+            current,
+            saved: current,
+            saved_at: now,
+            fails: 0,
+            chance: seed | 1,
+            grace_until: now + policy::TIMEOUT,
+            heard_at: now,
+            moved_at: now,
+            moved_len: 0,
+            pinged: false,
+            breaks: 0,
+        }
+    }
+
+    pub fn poll(&mut self) -> Option<Effect> {
+        self.line.effects.pop_front()
+    }
+    pub fn is_online(&self) -> bool {
+        self.state == State::Online
+    }
+    /// Every break up to this stamp has been processed.
+    pub fn current(&self) -> Stamp {
+        self.current
+    }
+    /// The newest own record that the server keeps.
+    pub fn acked(&self) -> Seq {
+        self.shipper.acked()
+    }
+    /// Own records up to here are seen by every fetch that is under way.
+    pub fn floor(&self) -> Seq {
+        self.fetcher.floor().unwrap_or(self.acked()).min(self.acked())
+    }
+    /// Requests since the start that somebody waited for.
+    pub fn requests_foreground(&self) -> u64 {
+        self.line.foreground_count
+    }
+    pub fn shipped_len(&self) -> u64 {
+        self.shipper.shipped_len()
+    }
+
+    /// When `on_wake` has something to do.
+    pub fn wake_at(&self) -> Instant {
+        let at = match self.state {
+            State::Away { retry_at } => retry_at,
+            State::Connecting { until } => until,
+            _ => {
+                let quiet = if self.pinged { policy::TIMEOUT } else { policy::PING_AFTER };
+                let silent = self.heard_at + quiet;
+                self.oldest_wait().map_or(silent, |since| silent.min(since + policy::TIMEOUT))
+            }
+        };
+        if self.is_online() {
+            let save = (self.current != self.saved).then(|| self.saved_at + policy::SAVE_EVERY);
+            let ship = self.shipper.wake_at();
+            return [save, ship].into_iter().flatten().fold(at, Instant::min);
+        }
+        if self.fetcher.is_idle() { at } else { at.min(self.grace_until) }
+    }
+
+    /// Time has passed.
+    pub fn on_wake(&mut self, now: Instant) {
+        match self.state {
+            State::Away { retry_at } if now >= retry_at => {
+                self.state = State::Connecting { until: now + policy::TIMEOUT };
+                self.line.effect(Effect::Connect);
+            }
+            State::Connecting { until } if now >= until => {
+                self.close("the server does not answer", now);
+            }
+            State::Away { .. } | State::Connecting { .. } => {}
+            _ => self.look_for_silence(now),
+        }
+        if !self.is_online() {
+            if now >= self.grace_until {
+                self.fetcher.give_up(&mut self.line);
+            }
+            return;
+        }
+        if self.current != self.saved && now >= self.saved_at + policy::SAVE_EVERY {
+            (self.saved, self.saved_at) = (self.current, now);
+            self.line.effect(Effect::SaveCurrent(self.current));
+        }
+        if self.shipper.on_wake(&mut self.line, now).is_err() {
+            self.close("the server takes no batch", now);
+        }
+    }
+
+    fn look_for_silence(&mut self, now: Instant) {
+        let overdue = |since: Instant| now >= since + policy::TIMEOUT;
+        if overdue(self.heard_at) || self.oldest_wait().is_some_and(overdue) {
+            self.close("the server is silent", now);
+            // Whoever waited has waited long enough.
+            self.grace_until = now;
+        } else if now >= self.heard_at + policy::PING_AFTER && !self.pinged {
+            self.pinged = true;
+            self.line.ask(Ask::Ping, Some(now), Ping {}.into());
+        }
+    }
+
+    /// Since when the oldest request that somebody waits for has seen nothing move.
+    fn oldest_wait(&self) -> Option<Instant> {
+        let since = self.line.asked.values().filter_map(|asked| asked.waits_since).min();
+        since.map(|since| since.max(self.moved_at))
+    }
+
+    pub fn on_connected(&mut self, now: Instant) {
+        if !matches!(self.state, State::Connecting { .. }) {
+            return;
+        }
+        self.state = State::Greeting;
+        (self.heard_at, self.moved_at, self.pinged) = (now, now, false);
+        let hello = Hello {
+            version: VERSION,
+            volume: self.who.volume.clone(),
+            incarnation: self.who.incarnation,
+            node: self.who.node,
+            volume_id: self.who.volume_id,
+            host: self.who.host.clone(),
+        };
+        self.line.ask(Ask::Hello, Some(now), hello.into());
+    }
+
+    /// The connection broke, or could not be made. Not to be told of one that `Close` asked for.
+    pub fn on_closed(&mut self, now: Instant) {
+        if !matches!(self.state, State::Away { .. }) {
+            self.away(now);
+        }
+    }
+
+    fn close(&mut self, why: &str, now: Instant) {
+        self.line.effect(Effect::Close { why: why.to_owned() });
+        self.away(now);
+    }
+
+    fn away(&mut self, now: Instant) {
+        if self.is_online() {
+            self.grace_until = now + policy::TIMEOUT;
+            self.line.effect(Effect::SetOnline(false));
+        }
+        self.chance ^= self.chance << 13;
+        self.chance ^= self.chance >> 7;
+        self.chance ^= self.chance << 17;
+        self.state = State::Away { retry_at: now + policy::retry_after(self.fails, self.chance) };
+        self.fails = self.fails.saturating_add(1);
+        self.line.asked.clear();
+        self.breaks = 0;
+        self.fetcher.on_away();
+    }
+
+    /// Bytes came, of whatever message: the server is there.
+    pub fn on_heard(&mut self, len: u64, now: Instant) {
+        /// So much is more than the answers to pings: what somebody waits for is coming.
+        const MOVED_LEN: u64 = 16 << 10;
+        (self.heard_at, self.pinged) = (now, false);
+        self.moved_len += len;
+        if self.moved_len >= MOVED_LEN {
+            (self.moved_len, self.moved_at) = (0, now);
+        }
+    }
+
+    /// A message came: an answer to our request `id`, or the server's request `id`.
+    pub fn on_message(&mut self, id: u64, answer: bool, message: Message, now: Instant) {
+        (self.heard_at, self.pinged) = (now, false);
+        match self.state {
+            State::Away { .. } | State::Connecting { .. } => {}
+            _ if answer => self.on_answer(id, message, now),
+            _ => self.on_request(id, message, now),
+        }
+    }
+
+    fn on_request(&mut self, id: u64, message: Message, now: Instant) {
+        let greeted = self.state != State::Greeting;
+        match message {
+            Message::Ping(_) => {
+                let message = Pong { stamp: Stamp(0) }.into();
+                self.line.effect(Effect::Send { foreground: true, id, answer: true, message });
+            }
+            Message::Break(m) if greeted && self.breaks < BREAKS_MAX => {
+                self.breaks += 1;
+                let acked = self.acked();
+                self.fetcher.on_break(&m.fids, acked, &mut self.line, now);
+                self.line.effect(Effect::MarkStale { break_id: Some(id), fids: m.fids });
+            }
+            Message::Read(read) if greeted => {
+                self.shipper.on_read(now);
+                self.line.effect(Effect::AnswerRead { id, read });
+            }
+            _ => self.close("the server spoke out of turn", now),
+        }
+    }
+
+    /// The kernel has forgotten what the break named.
+    pub fn on_break_done(&mut self, break_id: u64) {
+        let connected = !matches!(self.state, State::Away { .. } | State::Connecting { .. });
+        if connected && self.breaks > 0 {
+            self.breaks -= 1;
+            let message = Pong { stamp: Stamp(0) }.into();
+            let send = Effect::Send { foreground: true, id: break_id, answer: true, message };
+            self.line.effect(send);
+        }
+    }
+
+    fn on_answer(&mut self, id: u64, message: Message, now: Instant) {
+        // An answer that nobody waits for any more; what it acknowledges holds all the same.
+        let Some(asked) = self.line.asked.remove(&id) else {
+            if let (Message::Acked(m), true) = (message, self.is_online()) {
+                self.on_acked(id, m, now);
+            }
+            return;
+        };
+        if asked.waits_since.is_some() {
+            self.moved_at = now;
+        }
+        match (asked.ask, message) {
+            (Ask::Hello, Message::Welcome(m)) => self.on_welcome(m, now),
+            (Ask::Hello, Message::Refused(m)) => {
+                self.line.effect(Effect::Refused { code: m.code, what: m.what });
+                self.close("the server refuses", now);
+            }
+            (Ask::Since, Message::Changes(m)) => self.on_changes(m, now),
+            (Ask::Ping, Message::Pong(m)) => self.is_current(m.stamp),
+            (Ask::Space, Message::Space(m)) => self.line.effect(Effect::SpaceIs(m)),
+            (Ask::Space, Message::Failed(_)) => {}
+            (Ask::Batch, Message::Acked(m)) => self.on_acked(id, m, now),
+            (Ask::Batch, Message::Failed(m)) => {
+                log::warn!("the server does not take changes: {} ({:?})", m.what, m.code);
+                if m.code == Code::Gap {
+                    return self.close("the server misses records", now);
+                }
+                self.shipper.on_failed(&mut self.line, now);
+            }
+            (Ask::List { .. } | Ask::Stat { .. } | Ask::Piece { .. }, message) => {
+                let acked = self.acked();
+                let fits = self.fetcher.on_answer(asked.ask, message, acked, &mut self.line, now);
+                if !fits {
+                    self.close("the server's answer does not fit the request", now);
+                }
+            }
+            _ => self.close("the server's answer does not fit the request", now),
+        }
+    }
+
+    fn on_welcome(&mut self, m: Welcome, now: Instant) {
+        let fresh = self.who.volume_id == [0; 16];
+        let refusal = if m.version != VERSION {
+            Some((Code::WrongVersion, format!("the server speaks version {}", m.version)))
+        } else if !fresh && m.volume_id != self.who.volume_id {
+            Some((Code::ForeignCache, "the cache belongs to another volume".to_owned()))
+        } else if self.who.node != 0 && m.node != self.who.node {
+            Some((Code::ForeignCache, "the server does not know this cache any more".to_owned()))
+        } else {
+            None
+        };
+        if let Some((code, what)) = refusal {
+            self.line.effect(Effect::Refused { code, what });
+            return self.close("the server is not the one of this cache", now);
+        }
+        (self.who.node, self.who.volume_id) = (m.node, m.volume_id);
+        if fresh {
+            self.current = m.stamp;
+        }
+        self.state = State::CatchingUp;
+        self.line.effect(Effect::Welcomed {
+            node: m.node,
+            volume_id: m.volume_id,
+            volume: m.volume,
+        });
+        if !self.shipper.on_welcome(m.acked, &mut self.line, now) {
+            let what = "the server has changes of this cache that the cache itself has lost";
+            let what = what.to_owned();
+            self.line.effect(Effect::Refused { code: Code::ForeignCache, what });
+            return self.close("the cache is older than the server's memory of it", now);
+        }
+        self.line.ask(Ask::Since, Some(now), Since { stamp: self.current }.into());
+    }
+
+    fn on_changes(&mut self, m: Changes, now: Instant) {
+        if m.more && m.upto <= self.current && !m.lost {
+            return self.close("the server's history does not advance", now);
+        }
+        if m.lost {
+            self.line.effect(Effect::BumpEpoch);
+        } else if !m.fids.is_empty() {
+            self.line.effect(Effect::MarkStale { break_id: None, fids: m.fids });
+        }
+        self.current = m.upto;
+        if m.more && !m.lost {
+            self.line.ask(Ask::Since, Some(now), Since { stamp: m.upto }.into());
+            return;
+        }
+        (self.state, self.fails) = (State::Online, 0);
+        self.line.effect(Effect::SetOnline(true));
+        let acked = self.acked();
+        self.fetcher.on_online(acked, &mut self.line, now);
+        self.shipper.fill(&mut self.line, now);
+    }
+
+    fn on_acked(&mut self, id: u64, m: Acked, now: Instant) {
+        if !self.shipper.on_acked(id, m.upto, now) {
+            return self.close("the server acknowledges what it was not sent", now);
+        }
+        let (upto, stamp) = (m.upto, m.stamp);
+        self.line.effect(Effect::Acked { upto, stamps: m.stamps, conflicts: m.conflicts });
+        self.is_current(stamp);
+        self.shipper.fill(&mut self.line, now);
+    }
+
+    fn is_current(&mut self, stamp: Stamp) {
+        if self.is_online() {
+            self.current = self.current.max(stamp);
+        }
+    }
+
+    /// Somebody waits. `ticket` is resolved in every case.
+    pub fn on_want(&mut self, want: Want, ticket: Ticket, now: Instant) {
+        let online = self.is_online();
+        if !online && now >= self.grace_until {
+            return self.line.resolve([ticket], Err(Unmet::Unreachable));
+        }
+        let acked = self.acked();
+        self.fetcher.on_want(want, ticket, acked, online, &mut self.line, now);
+    }
+
+    /// How much room is there? `SpaceIs` may follow.
+    pub fn on_want_space(&mut self) {
+        if self.is_online() && !self.line.asked.values().any(|asked| asked.ask == Ask::Space) {
+            self.line.ask(Ask::Space, None, Statfs {}.into());
+        }
+    }
+
+    /// The journal grew.
+    pub fn on_bell(&mut self, bell: Bell, now: Instant) {
+        self.shipper.on_bell(bell, now);
+        self.ship(now);
+    }
+
+    /// Ship what there is, whatever its age.
+    pub fn on_ship_now(&mut self, now: Instant) {
+        self.shipper.ask_all();
+        self.ship(now);
+    }
+
+    fn ship(&mut self, now: Instant) {
+        if self.is_online() {
+            self.shipper.fill(&mut self.line, now);
+        }
+    }
+
+    /// The answer to `CutBatch`; `None`: there is nothing to ship. `len`: of the contents that the
+    /// batch carries or announces, bytes.
+    pub fn on_batch_cut(&mut self, batch: Option<Batch>, len: u64, now: Instant) {
+        if self.is_online() {
+            self.shipper.on_batch_cut(batch, len, &mut self.line, now);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

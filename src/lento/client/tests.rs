@@ -1,0 +1,619 @@
+//! The machine in virtual time, with a server that is written out line by line.
+
+use super::*;
+use crate::kml::record::{Attr, ROOT};
+
+const A: Fid = Fid(10);
+const B: Fid = Fid(11);
+
+struct Rig {
+    client: Client,
+    now: Instant,
+}
+
+fn who() -> Who {
+    let (incarnation, volume_id) = ([1; 16], [2; 16]);
+    Who { volume: "v".into(), incarnation, node: 3, volume_id, host: "h".into() }
+}
+
+fn object(fid: Fid) -> Object {
+    Object { fid, stamp: Stamp(5), attr: Attr::default(), target: vec![], xattrs: vec![] }
+}
+
+fn page(dir: Fid, names: &[&str], more: bool) -> Message {
+    let entry = |n: &&str| Entry { name: n.as_bytes().to_vec(), object: object(B) };
+    Page { dir: object(dir), entries: names.iter().map(entry).collect(), more }.into()
+}
+
+fn data(at: u64, len: usize, token: u64) -> Message {
+    Data { at, bytes: vec![7; len], size: 1 << 40, token }.into()
+}
+
+fn batch(after: u64, upto: u64) -> Option<Batch> {
+    Some(Batch { after: Seq(after), upto: Seq(upto), items: vec![] })
+}
+
+impl Rig {
+    /// Away, with `settled` records of which the server has `acked`.
+    fn new(acked: u64, settled: u64) -> Rig {
+        let now = Instant::now() + Duration::from_secs(1000);
+        let mut client = Client::new(who(), Stamp(40), Seq(acked), policy::AGE, 9, now);
+        client.on_bell(Bell { settled: Seq(settled), written_len: 0, oldest_at: now }, now);
+        Rig { client, now }
+    }
+    fn online(acked: u64, settled: u64) -> Rig {
+        let mut rig = Rig::new(acked, settled);
+        rig.connect();
+        rig.welcome(acked);
+        rig
+    }
+    fn effects(&mut self) -> Vec<Effect> {
+        std::iter::from_fn(|| self.client.poll()).collect()
+    }
+    /// Requests among the effects, and nothing else of them.
+    fn sent(&mut self) -> Vec<(u64, Message)> {
+        let sent = |e| match e {
+            Effect::Send { id, message, answer: false, .. } => Some((id, message)),
+            _ => None,
+        };
+        self.effects().into_iter().filter_map(sent).collect()
+    }
+    fn pass(&mut self, ms: u64) {
+        self.now += Duration::from_millis(ms);
+        self.client.on_wake(self.now);
+    }
+    fn answer(&mut self, id: u64, message: impl Into<Message>) {
+        self.client.on_message(id, true, message.into(), self.now);
+    }
+    fn connect(&mut self) {
+        self.client.on_wake(self.now);
+        assert!(self.effects().contains(&Effect::Connect));
+        self.client.on_connected(self.now);
+    }
+    /// Answers `Hello` and `Since`.
+    fn welcome(&mut self, acked: u64) {
+        let hello = self.sent().pop().unwrap();
+        assert!(matches!(hello.1, Message::Hello(_)), "{hello:?}");
+        let volume = "v".into();
+        let (stamp, volume_id) = (Stamp(50), [2; 16]);
+        let acked = Seq(acked);
+        self.answer(
+            hello.0,
+            Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume },
+        );
+        let since = self.sent().pop().unwrap();
+        assert_eq!(since.1, Since { stamp: self.client.current() }.into());
+        let changes = Changes { fids: vec![A], upto: Stamp(50), more: false, lost: false };
+        self.answer(since.0, changes);
+        assert!(self.client.is_online());
+    }
+    fn resolved(effects: &[Effect]) -> Vec<(Ticket, Result<(), Unmet>)> {
+        let pick = |e: &Effect| match e {
+            Effect::Resolve { ticket, how } => Some((*ticket, *how)),
+            _ => None,
+        };
+        effects.iter().filter_map(pick).collect()
+    }
+}
+
+fn bytes(fid: Fid, need: &[u64], ahead: &[u64]) -> Want {
+    let mib = |g: &[u64]| g.iter().map(|g| g << 20).collect();
+    let (need, ahead) = (mib(need), mib(ahead));
+    let (stamp, granule_len, base_size) = (Stamp(5), 1 << 20, 100 << 20);
+    Want::Bytes(Bytes { fid, stamp, granule_len, base_size, need, ahead })
+}
+
+#[test]
+fn catches_up_before_it_is_online() {
+    let mut rig = Rig::new(0, 0);
+    rig.connect();
+    let hello = rig.sent().pop().unwrap();
+    let (volume_id, volume) = ([2; 16], "v".to_owned());
+    let (stamp, acked) = (Stamp(60), Seq(0));
+    rig.answer(hello.0, Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume });
+    let since = rig.sent().pop().unwrap();
+    rig.answer(since.0, Changes { fids: vec![A], upto: Stamp(45), more: true, lost: false });
+    let effects = rig.effects();
+    assert_eq!(effects[0], Effect::MarkStale { break_id: None, fids: vec![A] });
+    assert!(!rig.client.is_online() && rig.client.current() == Stamp(45));
+    let Effect::Send { id, message, .. } = &effects[1] else { panic!("{effects:?}") };
+    assert_eq!(*message, Since { stamp: Stamp(45) }.into());
+    rig.answer(*id, Changes { fids: vec![], upto: Stamp(60), more: false, lost: true });
+    assert_eq!(rig.effects(), [Effect::BumpEpoch, Effect::SetOnline(true)]);
+    assert_eq!(rig.client.current(), Stamp(60));
+}
+
+#[test]
+fn a_server_that_is_not_ours_is_refused() {
+    for (version, volume_id, node, acked, code) in [
+        (VERSION + 1, [2; 16], 3, 0, Code::WrongVersion),
+        (VERSION, [3; 16], 3, 0, Code::ForeignCache),
+        (VERSION, [2; 16], 4, 0, Code::ForeignCache),
+        (VERSION, [2; 16], 3, 7, Code::ForeignCache),
+    ] {
+        let mut rig = Rig::new(0, 0);
+        rig.connect();
+        let hello = rig.sent().pop().unwrap();
+        let (stamp, acked, volume) = (Stamp(60), Seq(acked), "v".into());
+        rig.answer(hello.0, Welcome { version, volume_id, node, acked, stamp, volume });
+        let effects = rig.effects();
+        assert!(
+            effects.iter().any(|e| matches!(e, Effect::Refused { code: c, .. } if *c == code)),
+            "{effects:?}"
+        );
+        assert!(matches!(effects.last(), Some(Effect::Close { .. })));
+    }
+}
+
+#[test]
+fn reconnects_with_growing_pauses() {
+    let mut rig = Rig::new(0, 0);
+    let mut pauses = Vec::new();
+    for _ in 0..12 {
+        rig.client.on_wake(rig.now);
+        assert_eq!(rig.effects(), [Effect::Connect]);
+        rig.client.on_closed(rig.now);
+        let State::Away { retry_at } = rig.client.state else { panic!() };
+        pauses.push(retry_at - rig.now);
+        rig.client.on_wake(rig.now);
+        assert_eq!(rig.effects(), []);
+        rig.now = retry_at;
+    }
+    assert!(pauses[0] < Duration::from_millis(200) && pauses[11] > Duration::from_secs(14));
+    rig.connect();
+    rig.welcome(0);
+    rig.effects();
+    rig.client.on_closed(rig.now);
+    assert_eq!(rig.effects(), [Effect::SetOnline(false)]);
+    assert_eq!(rig.client.wake_at(), rig.now + policy::RETRY_MIN);
+}
+
+#[test]
+fn a_connection_that_never_stands_is_given_up() {
+    let mut rig = Rig::new(0, 0);
+    rig.client.on_wake(rig.now);
+    rig.client.on_want(Want::Dir(ROOT), 1, rig.now);
+    rig.pass(9_999);
+    assert_eq!(rig.effects(), [Effect::Connect]);
+    assert!(rig.client.wake_at() <= rig.now + Duration::from_millis(1));
+    rig.pass(1);
+    let effects = rig.effects();
+    assert!(matches!(effects[0], Effect::Close { .. }));
+    assert_eq!(Rig::resolved(&effects), [(1, Err(Unmet::Unreachable))]);
+    rig.client.on_want(Want::Dir(ROOT), 2, rig.now);
+    assert_eq!(Rig::resolved(&rig.effects()), [(2, Err(Unmet::Unreachable))], "at once");
+}
+
+#[test]
+fn silence_is_asked_about_and_then_final() {
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    rig.client.on_want(Want::Object(A), 1, rig.now);
+    rig.sent();
+    rig.pass(2_999);
+    assert_eq!(rig.sent(), []);
+    rig.pass(1);
+    assert!(matches!(rig.sent()[..], [(_, Message::Ping(_))]));
+    rig.pass(6_999);
+    assert_eq!(rig.effects(), []);
+    rig.pass(1);
+    let effects = rig.effects();
+    assert!(matches!(effects[0], Effect::Close { .. }), "{effects:?}");
+    assert_eq!(effects[1], Effect::SetOnline(false));
+    assert_eq!(Rig::resolved(&effects), [(1, Err(Unmet::Unreachable))]);
+}
+
+#[test]
+fn a_server_that_is_there_but_does_not_answer_is_left() {
+    let mut rig = Rig::online(0, 0);
+    rig.client.on_want(Want::Object(A), 1, rig.now);
+    rig.effects();
+    let mut closed_after = 0;
+    for second in 1..20 {
+        rig.pass(1_000);
+        let effects = rig.effects();
+        if effects.iter().any(|e| matches!(e, Effect::Close { .. })) {
+            closed_after = second;
+            break;
+        }
+        rig.client.on_heard(50, rig.now);
+    }
+    assert_eq!(closed_after, 10);
+    // Bytes that come slowly are an answer on its way.
+    let mut rig = Rig::online(0, 0);
+    rig.client.on_want(bytes(A, &[0], &[]), 1, rig.now);
+    rig.effects();
+    for _ in 1..60 {
+        rig.client.on_heard(20_000, rig.now);
+        rig.pass(1_000);
+        assert!(!rig.effects().iter().any(|e| matches!(e, Effect::Close { .. })));
+    }
+}
+
+#[test]
+fn same_wants_share_a_request() {
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    let before = rig.client.requests_foreground();
+    for ticket in 0..5 {
+        rig.client.on_want(Want::Dir(A), ticket, rig.now);
+        rig.client.on_want(Want::Object(B), 10 + ticket, rig.now);
+        rig.client.on_want(bytes(B, &[3], &[]), 20 + ticket, rig.now);
+    }
+    let sent = rig.sent();
+    assert_eq!(sent.len(), 3, "{sent:?}");
+    assert_eq!(rig.client.requests_foreground() - before, 3);
+    rig.answer(sent[0].0, page(A, &["x", "y"], false));
+    rig.answer(sent[1].0, Status { object: object(B) });
+    rig.answer(sent[2].0, data(3 << 20, 1 << 20, 1));
+    let effects = rig.effects();
+    assert_eq!(Rig::resolved(&effects).len(), 15);
+    assert!(Rig::resolved(&effects).iter().all(|(_, how)| how.is_ok()));
+    let write = effects.iter().position(|e| matches!(e, Effect::WriteRange { .. })).unwrap();
+    let last = |t| effects.iter().position(|e| *e == Effect::Resolve { ticket: t, how: Ok(()) });
+    assert!(last(20).unwrap() > write, "bytes are written before anybody is told");
+}
+
+#[test]
+fn a_listing_goes_on_where_the_page_ended() {
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    rig.client.on_want(Want::Dir(A), 1, rig.now);
+    let first = rig.sent().pop().unwrap();
+    rig.answer(first.0, page(A, &["a", "b"], true));
+    let second = rig.sent().pop().unwrap();
+    assert_eq!(second.1, List { dir: A, after: b"b".to_vec() }.into());
+    rig.answer(second.0, page(A, &["c"], false));
+    let effects = rig.effects();
+    assert!(matches!(effects[0], Effect::MergePage { first: false, .. }));
+    assert_eq!(effects[1], Effect::FinishListing { dir: A, mark: Seq(0), fresh: true });
+    assert_eq!(effects[2], Effect::Resolve { ticket: 1, how: Ok(()) });
+}
+
+#[test]
+fn pages_out_of_order_end_the_connection() {
+    for names in [&["b", "a"][..], &["a", "a"], &[]] {
+        let mut rig = Rig::online(0, 0);
+        rig.effects();
+        rig.client.on_want(Want::Dir(A), 1, rig.now);
+        let first = rig.sent().pop().unwrap();
+        rig.answer(first.0, page(A, names, true));
+        assert!(matches!(rig.effects()[0], Effect::Close { .. }), "{names:?}");
+    }
+}
+
+#[test]
+fn a_directory_broken_in_the_middle_is_listed_again_three_times() {
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    rig.client.on_want(Want::Dir(A), 1, rig.now);
+    let mut request = rig.sent().pop().unwrap();
+    for round in 0..policy::RELIST_MAX {
+        rig.answer(request.0, page(A, &["a", "b"], true));
+        let late = rig.sent().pop().unwrap().0;
+        rig.client.on_message(900, false, Break { fids: vec![B, A] }.into(), rig.now);
+        let effects = rig.effects();
+        let Effect::Send { id, message, .. } = &effects[0] else { panic!("{effects:?}") };
+        assert_eq!(*message, List { dir: A, after: vec![] }.into(), "round {round}");
+        request.0 = *id;
+        rig.answer(late, page(A, &["c"], false));
+        assert_eq!(rig.effects(), [], "the old listing's page means nothing any more");
+    }
+    rig.client.on_message(901, false, Break { fids: vec![A] }.into(), rig.now);
+    assert_eq!(rig.sent(), [], "not a fourth time");
+    rig.answer(request.0, page(A, &["a"], false));
+    let effects = rig.effects();
+    assert_eq!(effects[1], Effect::FinishListing { dir: A, mark: Seq(0), fresh: false });
+    assert_eq!(Rig::resolved(&effects), [(1, Ok(()))]);
+}
+
+#[test]
+fn a_break_is_answered_when_the_kernel_has_forgotten() {
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    rig.client.on_message(77, false, Break { fids: vec![A] }.into(), rig.now);
+    assert_eq!(rig.effects(), [Effect::MarkStale { break_id: Some(77), fids: vec![A] }]);
+    rig.client.on_break_done(77);
+    let message = Pong { stamp: Stamp(0) }.into();
+    assert_eq!(rig.effects(), [Effect::Send { foreground: true, id: 77, answer: true, message }]);
+    // The answer to a break of a connection that is gone goes nowhere.
+    rig.client.on_message(78, false, Break { fids: vec![A] }.into(), rig.now);
+    rig.client.on_closed(rig.now);
+    rig.effects();
+    rig.client.on_break_done(78);
+    assert_eq!(rig.effects(), []);
+}
+
+#[test]
+fn reads_keep_to_the_window_and_waiters_go_first() {
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    rig.client.on_want(bytes(A, &[0], &[1, 2, 3, 4, 5, 6]), 1, rig.now);
+    let sent = rig.sent();
+    assert_eq!(sent.len(), 2, "a first read at the start fetches one ahead");
+    let many: Vec<u64> = (20..40).collect();
+    rig.client.on_want(bytes(B, &many, &[]), 2, rig.now);
+    let more = rig.sent();
+    assert_eq!(sent.len() + more.len(), policy::READS_MAX);
+    rig.client.on_want(bytes(A, &[2], &[3, 4, 5]), 3, rig.now);
+    assert_eq!(rig.sent(), [], "the window is full");
+    // Everything that somebody waits for is asked for before what is fetched ahead.
+    let mut open: VecDeque<(u64, Message)> = sent.into_iter().chain(more).collect();
+    let mut order = Vec::new();
+    while let Some((id, Message::Read(read))) = open.pop_front() {
+        rig.answer(id, data(read.at, read.len as usize, 1));
+        let next = rig.sent();
+        assert!(next.len() <= 1);
+        order.extend(next.iter().map(|(_, m)| match m {
+            Message::Read(r) => (r.fid, r.at >> 20),
+            m => panic!("{m:?}"),
+        }));
+        open.extend(next);
+    }
+    let at = |what| order.iter().position(|o| *o == what).unwrap();
+    assert!(at((A, 2)) < at((A, 3)) && at((B, 39)) < at((A, 3)), "{order:?}");
+    assert!(!order.contains(&(A, 5)), "two ahead on the second want in a row: {order:?}");
+}
+
+#[test]
+fn a_large_granule_comes_in_pieces_of_one_version() {
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    let (stamp, granule_len, base_size) = (Stamp(5), 2 << 20, (3 << 20) + 100);
+    let (need, ahead) = (vec![2 << 20], vec![]);
+    let want = Bytes { fid: A, stamp, granule_len, base_size, need, ahead };
+    rig.client.on_want(Want::Bytes(want), 1, rig.now);
+    let one = rig.sent().pop().unwrap();
+    let read = |at, len| Message::from(Read { fid: A, at, len, stamp });
+    assert_eq!(one.1, read(2 << 20, 1 << 20));
+    rig.answer(one.0, data(2 << 20, 1 << 20, 1));
+    let two = rig.sent().pop().unwrap();
+    assert_eq!(two.1, read(3 << 20, 100));
+    rig.answer(two.0, data(3 << 20, 100, 2));
+    let again = rig.sent().pop().unwrap();
+    assert_eq!(again.1, read(2 << 20, 1 << 20), "another token: from the granule's start");
+    rig.answer(again.0, data(2 << 20, 1 << 20, 2));
+    let last = rig.sent().pop().unwrap();
+    rig.answer(last.0, data(3 << 20, 100, 2));
+    let effects = rig.effects();
+    let granule = Some((2 << 20, (1 << 20) + 100));
+    assert!(matches!(&effects[0], Effect::WriteRange { granule: g, .. } if *g == granule));
+    assert_eq!(Rig::resolved(&effects), [(1, Ok(()))]);
+}
+
+#[test]
+fn a_file_that_moved_on_is_looked_at_before_its_readers_go_on() {
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    rig.client.on_want(bytes(A, &[0, 1, 2], &[]), 1, rig.now);
+    let sent = rig.sent();
+    rig.answer(sent[1].0, Failed { code: Code::Moved, what: String::new() });
+    let stat = rig.sent();
+    assert_eq!(stat[0].1, Stat { fid: A }.into());
+    rig.answer(sent[0].0, data(0, 1 << 20, 1));
+    assert_eq!(rig.effects(), [], "bytes of the old version are not written");
+    rig.answer(stat[0].0, Status { object: object(A) });
+    let effects = rig.effects();
+    assert!(matches!(effects[0], Effect::SetObject { .. }));
+    assert_eq!(Rig::resolved(&effects), [(1, Ok(()))]);
+    rig.client.on_want(Want::Object(A), 2, rig.now);
+    let stat = rig.sent().pop().unwrap();
+    rig.answer(stat.0, Failed { code: Code::Gone, what: String::new() });
+    assert_eq!(Rig::resolved(&rig.effects()), [(2, Err(Unmet::Gone))]);
+}
+
+#[test]
+fn wants_survive_a_short_break_of_the_connection() {
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    rig.client.on_want(Want::Dir(A), 1, rig.now);
+    rig.client.on_want(bytes(B, &[0], &[1]), 2, rig.now);
+    let late = rig.sent();
+    rig.client.on_closed(rig.now);
+    rig.client.on_want(Want::Object(B), 3, rig.now);
+    assert!(Rig::resolved(&rig.effects()).is_empty());
+    rig.pass(100);
+    rig.client.on_connected(rig.now);
+    rig.answer(late[0].0, page(A, &[], false));
+    rig.welcome(0);
+    let sent = rig.sent();
+    assert_eq!(sent.len(), 3, "what was fetched ahead is not asked for again: {sent:?}");
+    for (id, message) in sent {
+        match message {
+            Message::List(_) => rig.answer(id, page(A, &[], false)),
+            Message::Stat(_) => rig.answer(id, Status { object: object(B) }),
+            _ => rig.answer(id, data(0, 1 << 20, 4)),
+        }
+    }
+    assert_eq!(Rig::resolved(&rig.effects()).len(), 3);
+}
+
+#[test]
+fn ships_by_age_and_on_demand() {
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    let bell = |rig: &mut Rig, settled| {
+        let bell = Bell { settled: Seq(settled), written_len: 0, oldest_at: rig.now };
+        rig.client.on_bell(bell, rig.now);
+    };
+    bell(&mut rig, 5);
+    assert_eq!(rig.effects(), []);
+    assert_eq!(rig.client.wake_at(), rig.now + policy::AGE);
+    rig.pass(999);
+    assert_eq!(rig.effects(), []);
+    rig.pass(1);
+    assert_eq!(rig.effects(), [Effect::CutBatch { after: Seq(0), upto: Seq(5) }]);
+    rig.client.on_batch_cut(batch(0, 5), 0, rig.now);
+    assert!(matches!(rig.sent()[..], [(_, Message::Batch(_))]));
+    bell(&mut rig, 6);
+    assert_eq!(rig.effects(), []);
+    rig.client.on_ship_now(rig.now);
+    assert_eq!(rig.effects(), [Effect::CutBatch { after: Seq(5), upto: Seq(6) }]);
+    rig.client.on_batch_cut(batch(5, 6), 0, rig.now);
+    rig.effects();
+    bell(&mut rig, 6 + policy::SHIP_COUNT);
+    assert_eq!(rig.effects().len(), 1, "many records go at once");
+}
+
+#[test]
+fn keeps_to_the_window_of_batches() {
+    let mut rig = Rig::online(0, 100);
+    rig.effects();
+    rig.client.on_ship_now(rig.now);
+    let mut ids = Vec::new();
+    for k in 0..policy::WINDOW as u64 {
+        assert_eq!(rig.effects(), [Effect::CutBatch { after: Seq(k * 10), upto: Seq(100) }]);
+        rig.client.on_batch_cut(batch(k * 10, k * 10 + 10), 1000, rig.now);
+        let Some(Effect::Send { id, foreground: false, .. }) = rig.client.poll() else { panic!() };
+        ids.push(id);
+    }
+    assert_eq!(rig.effects(), [], "the window is full");
+    let (stamps, conflicts) = (vec![Stamped { fid: A, stamp: Stamp(51) }], vec![]);
+    let stamp = Stamp(51);
+    rig.answer(ids[1], Acked { upto: Seq(20), stamps: stamps.clone(), conflicts, stamp });
+    let effects = rig.effects();
+    assert_eq!(effects[0], Effect::Acked { upto: Seq(20), stamps, conflicts: vec![] });
+    assert_eq!(effects[1], Effect::CutBatch { after: Seq(40), upto: Seq(100) });
+    assert_eq!((rig.client.acked(), rig.client.current()), (Seq(20), Stamp(51)));
+    assert_eq!(rig.client.shipped_len(), 2000);
+}
+
+#[test]
+fn after_a_reconnect_it_sends_what_the_server_does_not_have() {
+    let mut rig = Rig::online(0, 30);
+    rig.effects();
+    rig.client.on_ship_now(rig.now);
+    rig.client.on_batch_cut(batch(0, 10), 0, rig.now);
+    rig.client.on_batch_cut(batch(10, 30), 0, rig.now);
+    rig.client.on_closed(rig.now);
+    rig.client.on_batch_cut(batch(30, 31), 0, rig.now);
+    rig.effects();
+    rig.pass(200);
+    rig.client.on_connected(rig.now);
+    let hello = rig.sent().pop().unwrap();
+    let (stamp, volume_id) = (Stamp(50), [2; 16]);
+    let (acked, volume) = (Seq(10), "v".into());
+    rig.answer(hello.0, Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume });
+    let effects = rig.effects();
+    let acked = Effect::Acked { upto: Seq(10), stamps: vec![], conflicts: vec![] };
+    assert!(effects.contains(&acked) && effects.contains(&Effect::RestartShipping));
+    let Some(Effect::Send { id, .. }) = effects.last() else { panic!("{effects:?}") };
+    rig.answer(*id, Changes { fids: vec![], upto: Stamp(50), more: false, lost: false });
+    let effects = rig.effects();
+    assert_eq!(effects.last(), Some(&Effect::CutBatch { after: Seq(10), upto: Seq(30) }));
+}
+
+#[test]
+fn a_gap_begins_a_new_connection_and_a_failure_a_rest() {
+    let mut rig = Rig::online(0, 30);
+    rig.effects();
+    rig.client.on_ship_now(rig.now);
+    rig.effects();
+    rig.client.on_batch_cut(batch(0, 10), 0, rig.now);
+    let sent = rig.sent();
+    rig.answer(sent[0].0, Failed { code: Code::NoSpace, what: "full".into() });
+    assert!(rig.effects().contains(&Effect::RestartShipping));
+    assert!(rig.client.is_online());
+    rig.pass(999);
+    assert_eq!(rig.effects(), [], "it rests");
+    rig.pass(1);
+    assert_eq!(rig.effects(), [Effect::CutBatch { after: Seq(0), upto: Seq(30) }]);
+    rig.client.on_batch_cut(batch(0, 10), 0, rig.now);
+    let sent = rig.sent();
+    rig.answer(sent[0].0, Failed { code: Code::Gap, what: String::new() });
+    assert!(matches!(rig.effects()[0], Effect::Close { .. }));
+}
+
+#[test]
+fn a_server_from_an_older_backup_gets_what_is_left() {
+    let mut rig = Rig::new(20, 30);
+    rig.connect();
+    let hello = rig.sent().pop().unwrap();
+    let (stamp, volume_id) = (Stamp(50), [2; 16]);
+    let (acked, volume) = (Seq(12), "v".into());
+    rig.answer(hello.0, Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume });
+    let effects = rig.effects();
+    assert!(effects.contains(&Effect::ServerBehind { theirs: Seq(12), ours: Seq(20) }));
+    let Some(Effect::Send { id, .. }) = effects.last() else { panic!("{effects:?}") };
+    rig.answer(*id, Changes { fids: vec![], upto: Stamp(50), more: false, lost: false });
+    assert_eq!(rig.client.acked(), Seq(12));
+    let cut = Effect::CutBatch { after: Seq(12), upto: Seq(20) };
+    assert_eq!(rig.effects().last(), Some(&cut));
+    rig.client.on_batch_cut(batch(12, 20), 0, rig.now);
+    rig.client.on_ship_now(rig.now);
+    let cut = Effect::CutBatch { after: Seq(20), upto: Seq(30) };
+    assert_eq!(rig.effects().last(), Some(&cut));
+}
+
+#[test]
+fn batches_that_nothing_happens_to_end_the_connection() {
+    let mut rig = Rig::online(0, 30);
+    rig.client.on_ship_now(rig.now);
+    rig.effects();
+    rig.client.on_batch_cut(batch(0, 30), 0, rig.now);
+    rig.effects();
+    let mut seconds = 0;
+    while rig.client.is_online() {
+        seconds += 1;
+        rig.pass(1_000);
+        rig.client.on_heard(10, rig.now);
+        if seconds == 60 {
+            let read = Read { fid: A, at: 0, len: 5, stamp: Stamp(0) };
+            rig.client.on_message(8, false, read.clone().into(), rig.now);
+            assert!(rig.effects().contains(&Effect::AnswerRead { id: 8, read }));
+        }
+        assert!(seconds < 500);
+    }
+    assert_eq!(seconds, 60 + policy::SHIP_STALL.as_secs());
+}
+
+#[test]
+fn saves_how_current_it_is_now_and_then() {
+    let mut rig = Rig::online(0, 30);
+    rig.effects();
+    for _ in 0..31 {
+        rig.pass(1_000);
+        rig.client.on_heard(10, rig.now);
+    }
+    let saved = |rig: &mut Rig| rig.effects().contains(&Effect::SaveCurrent(Stamp(50)));
+    assert!(saved(&mut rig));
+    rig.pass(31_000);
+    assert!(!saved(&mut rig), "nothing new to save");
+}
+
+#[test]
+fn the_floor_is_the_oldest_fetch_under_way() {
+    let mut rig = Rig::online(0, 30);
+    rig.effects();
+    assert_eq!(rig.client.floor(), Seq(0));
+    rig.client.on_want(Want::Dir(A), 1, rig.now);
+    let list = rig.sent().pop().unwrap();
+    rig.client.on_ship_now(rig.now);
+    rig.effects();
+    rig.client.on_batch_cut(batch(0, 30), 0, rig.now);
+    let sent = rig.sent().pop().unwrap();
+    let stamp = Stamp(51);
+    rig.answer(sent.0, Acked { upto: Seq(30), stamps: vec![], conflicts: vec![], stamp });
+    assert_eq!((rig.client.acked(), rig.client.floor()), (Seq(30), Seq(0)));
+    rig.answer(list.0, page(A, &[], false));
+    assert_eq!(rig.client.floor(), Seq(30));
+}
+
+#[test]
+fn answers_of_the_wrong_kind_and_requests_out_of_turn_end_the_connection() {
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    rig.client.on_want(Want::Dir(A), 1, rig.now);
+    let list = rig.sent().pop().unwrap();
+    rig.answer(list.0, Status { object: object(A) });
+    assert!(matches!(rig.effects()[0], Effect::Close { .. }));
+    let mut rig = Rig::new(0, 0);
+    rig.connect();
+    rig.effects();
+    rig.client.on_message(5, false, Break { fids: vec![A] }.into(), rig.now);
+    assert!(matches!(rig.effects()[0], Effect::Close { .. }), "a break before the greeting");
+    let mut rig = Rig::online(0, 0);
+    rig.effects();
+    rig.client.on_message(5, false, Statfs {}.into(), rig.now);
+    assert!(matches!(rig.effects()[0], Effect::Close { .. }), "servers have no such question");
+}

@@ -1,0 +1,105 @@
+//! Policy: every decision of meaning that a client takes, and nothing else.
+//!
+//! Plain functions of what they are told; whoever wants imz to decide otherwise changes it here.
+//! No state, no clock, no chance: the caller brings them as arguments.
+
+use std::time::Duration;
+
+/// How long a change rests in the journal before it is shipped, so that a file that lives shorter
+/// never leaves the machine. A mount option sets another.
+pub const AGE: Duration = Duration::from_secs(1);
+/// So many unshipped bytes are shipped at once, whatever their age.
+pub const SHIP_LEN: u64 = 4 << 20;
+/// So many unshipped records are shipped at once, whatever their age.
+pub const SHIP_COUNT: u64 = 1000;
+/// Batches under way at one time.
+pub const WINDOW: usize = 4;
+/// A batch that nothing happened to for so long means that the connection is of no use.
+pub const SHIP_STALL: Duration = Duration::from_secs(120);
+/// Pieces of files under way at one time.
+pub const READS_MAX: usize = 8;
+/// Most granules that are fetched before anybody asked for them.
+pub const READ_AHEAD_MAX: u32 = 4;
+/// How often a listing is begun again because its directory changed meanwhile; after that it
+/// stands as it is, and stays stale.
+pub const RELIST_MAX: u32 = 3;
+/// A server that says nothing for so long is away. No want waits longer for one.
+pub const TIMEOUT: Duration = Duration::from_secs(10);
+/// After so much silence the server is asked whether it is there.
+pub const PING_AFTER: Duration = Duration::from_secs(3);
+/// First and longest pause between attempts to connect.
+pub const RETRY_MIN: Duration = Duration::from_millis(100);
+pub const RETRY_MAX: Duration = Duration::from_secs(30);
+/// How often the stamp up to which the cache is current is written down.
+pub const SAVE_EVERY: Duration = Duration::from_secs(30);
+
+/// Whether what waits in the journal is shipped now: it is old enough, or it is much.
+pub fn ship_now(waited: Duration, age: Duration, count: u64, len: u64) -> bool {
+    waited >= age || count >= SHIP_COUNT || len >= SHIP_LEN
+}
+
+/// How many granules to fetch beyond those that a reader waits for. `before`: what was decided
+/// for its last want; `onward`: this one begins where that fetch ended, or at the file's start.
+pub fn read_ahead(before: u32, onward: bool) -> u32 {
+    if onward { (before * 2).clamp(1, READ_AHEAD_MAX) } else { 0 }
+}
+
+/// The pause before attempt number `fails + 1` since the last success: doubled each time, and
+/// between half and the whole of it by `chance`, so that clients do not come back in step.
+pub fn retry_after(fails: u32, chance: u64) -> Duration {
+    let whole = RETRY_MIN.saturating_mul(1 << fails.min(12)).min(RETRY_MAX);
+    let half_us = (whole.as_micros() / 2) as u64;
+    Duration::from_micros(half_us + chance % (half_us + 1)).max(RETRY_MIN)
+}
+
+/// How long shipping rests after the server could not take a batch.
+pub fn reship_after(fails: u32) -> Duration {
+    Duration::from_secs(1 << fails.min(5))
+}
+
+/// Whether an object may be answered from the cache. `current`: no promise for it was broken and
+/// it is of the cache's epoch; `ours`: its newest state is a change of our own that the server
+/// does not have yet. Away from the server the cache is the best there is.
+pub fn answers(current: bool, ours: bool, online: bool) -> bool {
+    current || ours || !online
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_grow_and_stay_bounded() {
+        assert_eq!(retry_after(0, 7), RETRY_MIN);
+        for fails in 1..40 {
+            for chance in [0, 1, u64::MAX / 3, u64::MAX] {
+                let pause = retry_after(fails, chance);
+                assert!(pause >= RETRY_MIN && pause <= RETRY_MAX, "{fails}: {pause:?}");
+            }
+        }
+        assert_eq!(retry_after(30, 0), RETRY_MAX / 2);
+        assert_ne!(retry_after(9, 1), retry_after(9, 4_000_000));
+    }
+
+    #[test]
+    fn reading_onward_widens_the_window() {
+        let mut ahead = 0;
+        let seen: Vec<u32> = (0..5)
+            .map(|_| {
+                ahead = read_ahead(ahead, true);
+                ahead
+            })
+            .collect();
+        assert_eq!(seen, [1, 2, 4, 4, 4]);
+        assert_eq!(read_ahead(4, false), 0);
+    }
+
+    #[test]
+    fn age_or_amount_ships() {
+        let (ms, s) = (Duration::from_millis, Duration::from_secs);
+        assert!(!ship_now(ms(999), s(1), 999, SHIP_LEN - 1));
+        assert!(ship_now(s(1), s(1), 1, 0));
+        assert!(ship_now(ms(0), s(1), SHIP_COUNT, 0));
+        assert!(ship_now(ms(0), s(1), 1, SHIP_LEN));
+    }
+}

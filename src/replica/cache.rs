@@ -1,0 +1,195 @@
+//! A client's cache: tree, journal, what pends, and whether the server is there.
+//!
+//! One struct that the filter's threads, the loop and its worker share. It joins the parts and
+//! decides nothing: whether something may be answered from here says lento's policy.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+
+use super::limbo::Limbo;
+use super::meta::Meta;
+use super::pending::Pending;
+use super::state::{State, StateError};
+use super::tree::{self, Tree, TreeError};
+use crate::kml::codec::Outcome;
+use crate::kml::log::{Log, LogError, Ticket};
+use crate::kml::record::{Fid, Record, Seq, Stamp};
+use crate::sys::Errno;
+
+/// The journal's cursors: the newest record that the server keeps, the stamp up to which every
+/// break was processed, and about how much data the tree holds.
+const ACKED: &str = "acked";
+const CURRENT: &str = "current";
+const HELD_LEN: &str = "held_len";
+
+/// The cache could not be opened, or not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("{path}: {source}")]
+    Limbo { path: PathBuf, source: Errno },
+}
+
+/// Tells the loop that the journal grew. Cheap when it was told already.
+#[derive(Default)]
+pub struct Bell {
+    rung: AtomicBool,
+    wake: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+impl Bell {
+    /// Sets, once, what ringing does.
+    pub fn connect(&self, wake: Box<dyn Fn() + Send + Sync>) {
+        // A second loop on one cache would be a fault of the caller; the first one stays.
+        let _ = self.wake.set(wake);
+    }
+    pub fn ring(&self) {
+        if !self.rung.swap(true, Ordering::AcqRel)
+            && let Some(wake) = self.wake.get()
+        {
+            wake();
+        }
+    }
+    /// The loop looked; the next ring wakes it again. Look once more after this.
+    pub fn rearm(&self) {
+        self.rung.store(false, Ordering::Release);
+    }
+}
+
+pub struct Cache {
+    pub tree: Tree,
+    pub log: Log,
+    pub state: State,
+    pub limbo: Limbo,
+    pub pending: Mutex<Pending>,
+    pub bell: Bell,
+    online: AtomicBool,
+    epoch: AtomicU32,
+    /// data that the tree holds, bytes, about
+    held_len: AtomicU64,
+}
+
+impl Cache {
+    /// Joins the parts. `limbo`: a directory on the tree's file system; made if it is not there.
+    /// What the journal still holds beyond the cursor `acked` pends.
+    ///
+    /// # Errors
+    /// The journal cannot be read, or the limbo not be made.
+    pub fn new(tree: Tree, log: Log, state: State, limbo: &Path) -> Result<Cache, CacheError> {
+        let at_limbo = |source| CacheError::Limbo { path: limbo.to_owned(), source };
+        let limbo = Limbo::open(limbo).map_err(at_limbo)?;
+        let acked = Seq(log.cursor(ACKED));
+        let mut pending = Pending::new(acked);
+        for entry in log.entries(acked.next().max(log.first())) {
+            let entry = entry?;
+            pending.add(entry.seq, &entry.record);
+        }
+        let (epoch, held_len) = (state.facts().epoch, log.cursor(HELD_LEN));
+        Ok(Cache {
+            tree,
+            log,
+            state,
+            limbo,
+            pending: Mutex::new(pending),
+            bell: Bell::default(),
+            online: AtomicBool::new(false),
+            epoch: AtomicU32::new(epoch),
+            held_len: AtomicU64::new(held_len),
+        })
+    }
+
+    pub fn pending(&self) -> MutexGuard<'_, Pending> {
+        // The table's methods leave it whole, and none of them panics in between.
+        self.pending.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Journals an intention; the caller holds the locks of the objects. Durable on return: no.
+    ///
+    /// # Errors
+    /// As [`Log::append`]; then nothing pends.
+    pub fn append(&self, record: &Record) -> Result<Ticket, LogError> {
+        let ticket = self.log.append(record)?;
+        self.pending().add(ticket.seq, record);
+        Ok(ticket)
+    }
+
+    /// Says what became of it; what is settled may be shipped.
+    pub fn settle(&self, ticket: Ticket, outcome: Outcome) {
+        self.log.settle(ticket, outcome);
+        self.bell.ring();
+    }
+
+    /// Whether no promise for the object was broken.
+    pub fn current(&self, meta: &Meta) -> bool {
+        !meta.stale && meta.epoch == self.epoch()
+    }
+
+    /// Whether what is here of the object may be shown: its attributes, and a directory's listing
+    /// or a file's contents as far as they are complete.
+    pub fn valid(&self, meta: &Meta) -> bool {
+        self.current(meta) || !self.is_online() || self.pending().is_ours(meta.fid)
+    }
+
+    pub fn is_online(&self) -> bool {
+        self.online.load(Ordering::Acquire)
+    }
+    pub fn set_online(&self, online: bool) {
+        self.online.store(online, Ordering::Release);
+    }
+    pub fn epoch(&self) -> u32 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// Makes everything in the cache stale at once. Durable on return: yes.
+    pub fn bump_epoch(&self) -> Result<(), StateError> {
+        self.state.edit(|facts| facts.epoch = facts.epoch.wrapping_add(1).max(1))?;
+        self.epoch.store(self.state.facts().epoch, Ordering::Release);
+        Ok(())
+    }
+
+    /// The newest own record that the server keeps.
+    pub fn acked(&self) -> Seq {
+        Seq(self.log.cursor(ACKED))
+    }
+    /// Durable on return: yes.
+    pub fn set_acked(&self, upto: Seq) -> Result<(), LogError> {
+        self.log.set_cursor(ACKED, upto.0)
+    }
+    /// Every break up to this stamp was processed before the last stop.
+    pub fn current_stamp(&self) -> Stamp {
+        Stamp(self.log.cursor(CURRENT))
+    }
+    /// Durable on return: yes. What the breaks up to `stamp` changed must be durable before.
+    pub fn set_current_stamp(&self, stamp: Stamp) -> Result<(), LogError> {
+        self.log.set_cursor(HELD_LEN, self.held_len.load(Ordering::Relaxed))?;
+        self.log.set_cursor(CURRENT, stamp.0)
+    }
+
+    /// About how much data came into the tree, or left it, bytes.
+    pub fn note_held(&self, came: u64, left: u64) {
+        // Relaxed and clamped: a figure for people.
+        let _ = self.held_len.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
+            Some(held.saturating_add(came).saturating_sub(left))
+        });
+    }
+    /// Data in the tree that the server has, and that it lacks, bytes, about.
+    pub fn clean_and_dirty(&self) -> (u64, u64) {
+        let dirty = self.pending().len();
+        (self.held_len.load(Ordering::Relaxed).saturating_sub(dirty), dirty)
+    }
+
+    /// Opens an object by fid, also one that lost its last name a while ago.
+    pub fn open_object(&self, fid: Fid, flags: i32) -> tree::Result<OwnedFd> {
+        match self.tree.open_object(fid, flags) {
+            Err(TreeError::Gone(_)) => Ok(self.limbo.open_file(fid, flags)?),
+            found => found,
+        }
+    }
+}

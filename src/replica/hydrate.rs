@@ -1,0 +1,401 @@
+//! What the server sends about one object, put into the cache: attributes, data, staleness.
+//!
+//! A file whose contents are new at the server becomes a stub in place: right size, and nothing of
+//! it counts as here. The old bytes stay where they lie until the new ones replace them, so that a
+//! process that has the file open and mapped never sees zeros. All functions take the object's
+//! lock; what own records are newer about than the fetch (`mark`) stays as it is.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::cache::Cache;
+use super::meta::Meta;
+use super::ops::attr_of;
+use super::tree::{Dir, Result, TreeError};
+use crate::kml::record::{Attr, Fid, Name, ROOT, Seq, Stamp, Time};
+use crate::sys::fs::{self, Kind, SetTime, Stat, o};
+use crate::sys::{Errno, cred};
+
+/// Writing to a file takes this attribute away, whoever writes.
+const CAPABILITY: &[u8] = b"security.capability";
+
+/// One object as the server has it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Remote {
+    pub fid: Fid,
+    pub stamp: Stamp,
+    pub attr: Attr,
+    /// where a symbolic link leads; empty otherwise
+    pub target: Vec<u8>,
+    /// (name, value) of all but imz's own
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// What the kernel must forget, because it is not so any more.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Notice {
+    /// attributes and data of the object; of a directory also its listing, and what it is known
+    /// not to contain
+    Object { fid: Fid, dir: bool },
+    /// what this name stands for
+    Entry { dir: Fid, name: Name },
+    /// everything
+    All,
+}
+
+pub(super) fn time(time: Time) -> SetTime {
+    SetTime::At(time.sec, time.nsec)
+}
+
+/// Puts an object as the server has it into the cache, where it stands already.
+///
+/// # Errors
+/// The backing file system failed. An object that is not in the cache is no error.
+pub fn set_object(cache: &Cache, object: &Remote, mark: Seq) -> Result<Vec<Notice>> {
+    let fid = object.fid;
+    let is_dir = Kind::of(object.attr.mode) == Kind::Dir;
+    if let Some(dir) = cache.tree.cached_dir(fid).filter(|_| is_dir) {
+        let _locked = cache.tree.lock_objects(&[fid]);
+        update_dir(cache, &dir, object, mark, false)?;
+        return Ok(vec![Notice::Object { fid, dir: true }]);
+    }
+    let done = at_place(cache, fid, |dir, name, meta| {
+        let stat = fs::stat(dir, name.as_bytes())?;
+        if stat.kind() == Kind::of(object.attr.mode) {
+            update(cache, dir, name, meta, object, mark)?;
+        }
+        Ok(())
+    });
+    match not_gone(done)? {
+        Some(()) => Ok(vec![Notice::Object { fid, dir: is_dir }]),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// Does something with an object where it stands, under the locks that keep it there.
+fn at_place<T>(
+    cache: &Cache,
+    fid: Fid,
+    act: impl FnOnce(&Dir, &Name, Meta) -> Result<T>,
+) -> Result<T> {
+    for _ in 0..8 {
+        let (dir, name, _) = cache.tree.find(fid)?;
+        let _entries = cache.tree.lock(&[dir.fid]);
+        let _object = cache.tree.lock_objects(&[fid]);
+        if let Some(meta) = not_gone(cache.tree.meta(&dir, &name))?.flatten()
+            && meta.fid == fid
+        {
+            return act(&dir, &name, meta);
+        }
+        // It moved while the locks were awaited.
+    }
+    Err(TreeError::Gone(fid))
+}
+
+/// Changes what is known of an object, wherever it stands.
+fn edit(cache: &Cache, fid: Fid, change: impl FnOnce(&mut Meta)) -> Result<()> {
+    if let Some(dir) = cache.tree.cached_dir(fid) {
+        let _locked = cache.tree.lock_objects(&[fid]);
+        return cache.tree.edit_dir(&dir, change);
+    }
+    at_place(cache, fid, |dir, name, mut meta| {
+        let before = meta.clone();
+        change(&mut meta);
+        if meta == before { Ok(()) } else { cache.tree.set_meta(dir, name, &meta) }
+    })
+}
+
+fn not_gone<T>(found: Result<T>) -> Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(TreeError::Gone(_) | TreeError::Os(Errno::NOENT)) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Brings the object at `name`, which is `object` by its fid, to the server's state. The caller
+/// holds the locks.
+pub(super) fn update(
+    cache: &Cache,
+    dir: &Dir,
+    name: &Name,
+    mut meta: Meta,
+    object: &Remote,
+    mark: Seq,
+) -> Result<()> {
+    let kind = Kind::of(object.attr.mode);
+    if kind == Kind::Dir {
+        let open = cache.tree.open_dir(dir, name)?;
+        return update_dir(cache, &open, object, mark, false);
+    }
+    let own = cache.pending().own(meta.fid);
+    if own.newest() > mark {
+        if object.stamp != meta.stamp && !meta.stale {
+            meta.stale = true;
+            cache.tree.set_meta(dir, name, &meta)?;
+        }
+        return Ok(());
+    }
+    let stat = fs::stat(dir, name.as_bytes())?;
+    let before = meta.clone();
+    meta.nlink = nlink(object);
+    meta.epoch = cache.epoch();
+    if kind == Kind::File && !same_content(&meta, &stat, object) {
+        meta = Meta { nlink: meta.nlink, epoch: meta.epoch, ..stub_meta(object) };
+        // First what is known, then the file: a crash in between fetches again.
+        cache.tree.set_meta(dir, name, &meta)?;
+        let fd = fs::open(dir, name.as_bytes(), o::WRONLY | o::NONBLOCK, 0)?;
+        fs::truncate(&fd, object.attr.size)?;
+        cache.note_held(0, stat.blocks * 512);
+    } else {
+        (meta.stamp, meta.stale) = (object.stamp, false);
+        if meta != before {
+            cache.tree.set_meta(dir, name, &meta)?;
+        }
+    }
+    set_attributes(cache, dir, name.as_bytes(), object, false)
+}
+
+/// Whether the file's data here are those of the server's version. All nodes give a stored file
+/// the same modification time to the nanosecond, so that a rename or a chmod elsewhere does not
+/// cost a fetch.
+fn same_content(meta: &Meta, stat: &Stat, object: &Remote) -> bool {
+    let attr = attr_of(stat);
+    (meta.stamp == object.stamp && !meta.stale)
+        || (attr.size == object.attr.size && attr.mtime == object.attr.mtime)
+}
+
+pub(super) fn stub_meta(object: &Remote) -> Meta {
+    let mut meta = Meta::stub(object.fid, object.stamp, object.attr.size);
+    if object.attr.size == 0 {
+        meta.complete = true;
+    }
+    meta
+}
+
+pub(super) fn nlink(object: &Remote) -> u32 {
+    match Kind::of(object.attr.mode) {
+        Kind::Dir => object.attr.nlink,
+        _ if object.attr.nlink > 1 => object.attr.nlink,
+        _ => 0,
+    }
+}
+
+/// A directory's attributes. `listed`: all its entries are here now, so that it is current.
+pub(super) fn update_dir(
+    cache: &Cache,
+    dir: &Dir,
+    object: &Remote,
+    mark: Seq,
+    listed: bool,
+) -> Result<()> {
+    let own = cache.pending().own(dir.fid);
+    let epoch = cache.epoch();
+    cache.tree.edit_dir(dir, |meta| {
+        let same = meta.stamp == object.stamp && !meta.stale;
+        // Its attributes are known; what it contains only if nothing has changed since.
+        meta.stale = !listed && meta.complete && !same;
+        meta.complete |= listed;
+        meta.stamp = meta.stamp.max(object.stamp);
+        meta.epoch = epoch;
+        meta.nlink = if meta.complete { 0 } else { nlink(object) };
+    })?;
+    if own.attr > mark {
+        return Ok(());
+    }
+    set_attributes(cache, dir, b"", object, own.entries > mark)
+}
+
+/// Sets owner, mode, extended attributes and times, as far as they differ and we may.
+/// `keep_times`: own changes are newer.
+pub(super) fn set_attributes(
+    cache: &Cache,
+    dir: impl AsFd + Copy,
+    name: &[u8],
+    object: &Remote,
+    keep_times: bool,
+) -> Result<()> {
+    let attr = &object.attr;
+    let stat = if name.is_empty() { fs::fstat(dir)? } else { fs::stat(dir, name)? };
+    if cred::is_root() && (stat.uid, stat.gid) != (attr.uid, attr.gid) {
+        fs::chown(dir, name, Some(attr.uid), Some(attr.gid))?;
+    }
+    let kind = stat.kind();
+    set_xattrs(cache, dir, name, &object.xattrs)?;
+    if kind != Kind::Symlink {
+        // After the owner, whose change takes set-id bits away, and after the access list.
+        let now = if name.is_empty() { fs::fstat(dir)? } else { fs::stat(dir, name)? };
+        let mode = if cred::is_root() { attr.mode } else { attr.mode | owner_bits(kind) };
+        if now.mode & 0o7777 != mode & 0o7777 {
+            if name.is_empty() {
+                fs::chmod_fd(dir, mode)?;
+            } else {
+                fs::chmod(dir, name, mode)?;
+            }
+        }
+    }
+    if keep_times {
+        return Ok(());
+    }
+    let (atime, mtime) = (time(attr.atime), time(attr.mtime));
+    if name.is_empty() {
+        fs::utimes_fd(dir, atime, mtime)?;
+    } else {
+        fs::utimes(dir, name, atime, mtime)?;
+    }
+    Ok(())
+}
+
+/// Without root the cache must stay usable for its owner, whatever the mode at the server.
+fn owner_bits(kind: Kind) -> u32 {
+    match kind {
+        Kind::Dir => 0o700,
+        _ => 0o600,
+    }
+}
+
+fn set_xattrs(
+    cache: &Cache,
+    dir: impl AsFd + Copy,
+    name: &[u8],
+    wanted: &[(Vec<u8>, Vec<u8>)],
+) -> Result<()> {
+    let mut want: BTreeMap<&[u8], &[u8]> = BTreeMap::new();
+    want.extend(wanted.iter().map(|(name, value)| (&name[..], &value[..])));
+    want.remove(cache.tree.own_key());
+    let refused = |key: &[u8], done: std::result::Result<(), Errno>| match done {
+        Ok(()) | Err(Errno::NODATA) => Ok(()),
+        Err(e @ (Errno::PERM | Errno::OPNOTSUPP | Errno::ACCESS)) => {
+            log::debug!("attribute {} is left out: {e}", key.escape_ascii());
+            Ok(())
+        }
+        Err(e) => Err(e),
+    };
+    for key in fs::xattr::list(dir, name)? {
+        let foreign = key.starts_with(b"security.") && key != CAPABILITY;
+        if key == cache.tree.own_key() || foreign {
+            continue;
+        }
+        match want.remove(&key[..]) {
+            Some(value) if fs::xattr::get(dir, name, &key)?.as_deref() == Some(value) => {}
+            Some(value) => refused(&key, fs::xattr::set(dir, name, &key, value, 0))?,
+            None => refused(&key, fs::xattr::remove(dir, name, &key))?,
+        }
+    }
+    for (key, value) in want {
+        refused(key, fs::xattr::set(dir, name, key, value, 0))?;
+    }
+    Ok(())
+}
+
+/// Writes bytes of the server's version `stamp` where they are missing. `granule` (at, len): these
+/// are all here now. Bytes of another version than the one that is here are left out.
+///
+/// # Errors
+/// The backing file system failed; the granule counts as missing.
+pub fn write_range(
+    cache: &Cache,
+    fid: Fid,
+    stamp: Stamp,
+    at: u64,
+    bytes: &[u8],
+    granule: Option<(u64, u64)>,
+) -> Result<()> {
+    let _locked = cache.tree.lock_objects(&[fid]);
+    let Some(fd) = not_gone(cache.open_object(fid, o::RDWR | o::NONBLOCK))? else {
+        return Ok(());
+    };
+    let Some(mut meta) = cache.tree.meta_of(&fd)? else { return Ok(()) };
+    if meta.fid != fid || meta.stamp != stamp || meta.complete {
+        return Ok(());
+    }
+    let stat = fs::fstat(&fd)?;
+    let capability = fs::xattr::get(&fd, b"", CAPABILITY).unwrap_or_default();
+    let end = (at + bytes.len() as u64).min(meta.base_size).min(stat.size);
+    let mut next = at;
+    while let Some((start, len)) = meta.missing(next, end.saturating_sub(next)) {
+        let (from, to) = (start.max(next), (start + len).min(end));
+        write_unless_hole(&fd, &bytes[(from - at) as usize..(to - at) as usize], from)?;
+        next = to;
+        if next >= end {
+            break;
+        }
+    }
+    if let Some((start, len)) = granule {
+        meta.arrived(start, len);
+        cache.tree.set_meta_of(&fd, &meta)?;
+        let now = fs::fstat(&fd)?;
+        cache.note_held(now.blocks * 512, stat.blocks * 512);
+    }
+    if let Some(value) = capability {
+        fs::xattr::set(&fd, b"", CAPABILITY, &value, 0)?;
+    }
+    if fs::fstat(&fd)?.mode != stat.mode {
+        fs::chmod_fd(&fd, stat.mode)?;
+    }
+    let Attr { atime, mtime, .. } = attr_of(&stat);
+    Ok(fs::utimes_fd(&fd, time(atime), time(mtime))?)
+}
+
+/// Zeros that fall into a hole need not be written: a sparse file stays sparse.
+fn write_unless_hole(fd: &OwnedFd, bytes: &[u8], at: u64) -> Result<()> {
+    if bytes.iter().all(|b| *b == 0) {
+        let data = fs::seek_sparse(fd, at, false);
+        if data == Err(Errno::NXIO) || data.is_ok_and(|data| data >= at + bytes.len() as u64) {
+            return Ok(());
+        }
+    }
+    Ok(fs::pwrite_all(fd, bytes, at)?)
+}
+
+/// The server changes these objects: what is here of them is not to be trusted.
+///
+/// # Errors
+/// An object could not be marked. All others are.
+pub fn mark_stale(cache: &Cache, fids: &[Fid]) -> (Vec<Notice>, Result<()>) {
+    let (mut notices, mut result) = (Vec::new(), Ok(()));
+    for fid in fids {
+        match not_gone(edit(cache, *fid, |meta| meta.stale = true)) {
+            Ok(None) => continue,
+            Ok(Some(())) => {}
+            Err(e) => result = Err(e),
+        }
+        let names = cache.tree.names(*fid).unwrap_or_default();
+        let is_dir = *fid == ROOT || cache.tree.dir(*fid).is_ok();
+        notices.push(Notice::Object { fid: *fid, dir: is_dir });
+        notices.extend(names.into_iter().map(|(dir, name)| Notice::Entry { dir, name }));
+    }
+    (notices, result)
+}
+
+/// The server keeps own changes: the objects have these stamps now. `conflicts` kept the server's
+/// version: they, and the directories where they stand here, are to be fetched again.
+///
+/// # Errors
+/// An object could not be marked. All others are.
+pub fn acked(
+    cache: &Cache,
+    stamps: &[(Fid, Stamp)],
+    conflicts: &[Fid],
+) -> (Vec<Notice>, Result<()>) {
+    let mut result = Ok(());
+    let epoch = cache.epoch();
+    for (fid, stamp) in stamps {
+        let done = edit(cache, *fid, |meta| {
+            // What was not current does not become so by an own change: see `same` above.
+            meta.stale |= meta.epoch != epoch;
+            meta.stamp = meta.stamp.max(*stamp);
+        });
+        if let Err(e) = not_gone(done) {
+            result = Err(e);
+        }
+    }
+    let mut lost: Vec<Fid> = conflicts.to_vec();
+    for fid in conflicts {
+        lost.extend(cache.tree.names(*fid).unwrap_or_default().into_iter().map(|(dir, _)| dir));
+    }
+    lost.sort_unstable();
+    lost.dedup();
+    let (notices, marked) = mark_stale(cache, &lost);
+    (notices, result.and(marked))
+}

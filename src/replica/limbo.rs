@@ -1,0 +1,145 @@
+//! Limbo: where objects wait that vanished from one listing and may appear in another.
+//!
+//! `LIMBO/FID` (hexadecimal), a directory beside the tree on its file system. An object that a
+//! rename at the server moved is seen to vanish here before it is seen to appear there: in
+//! between it rests here with its data. What nobody asks for within a while is removed.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use crate::kml::record::Fid;
+use crate::sys::fs::{self, RenameMode};
+use crate::sys::{Errno, cred};
+
+pub struct Limbo {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+/// The object's name in limbo.
+fn name_of(fid: Fid) -> Vec<u8> {
+    format!("{:x}", fid.0).into_bytes()
+}
+
+fn fid_of(name: &[u8]) -> Option<Fid> {
+    let text = std::str::from_utf8(name).ok()?;
+    u64::from_str_radix(text, 16).ok().map(Fid)
+}
+
+fn errno(e: std::io::Error) -> Errno {
+    Errno::from_io_error(&e).unwrap_or(Errno::IO)
+}
+
+impl Limbo {
+    pub fn open(path: &Path) -> Result<Limbo, Errno> {
+        std::fs::create_dir_all(path).map_err(errno)?;
+        Ok(Limbo { fd: fs::open_root(path)?, path: path.to_owned() })
+    }
+
+    /// Moves what stands at `name` here. What was here under its fid is removed.
+    pub fn take(&self, dir: impl AsFd, name: &[u8], fid: Fid) -> Result<(), Errno> {
+        let to = name_of(fid);
+        if fs::stat(&self.fd, &to).is_ok() {
+            self.remove(&to)?;
+        }
+        fs::rename(dir, name, &self.fd, &to, RenameMode::NoReplace)
+    }
+
+    /// Gives it back under a name that is free. False: it is not here.
+    pub fn give(&self, fid: Fid, dir: impl AsFd, name: &[u8]) -> Result<bool, Errno> {
+        match fs::rename(&self.fd, &name_of(fid), dir, name, RenameMode::NoReplace) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    pub fn open_file(&self, fid: Fid, flags: i32) -> Result<OwnedFd, Errno> {
+        fs::open(&self.fd, &name_of(fid), flags, 0)
+    }
+
+    /// Removes what has been here for `rest` or longer, unless `keep` says that it is needed.
+    pub fn clear(
+        &self,
+        rest: Duration,
+        keep: impl Fn(Fid, &fs::Stat) -> bool,
+    ) -> Result<(), Errno> {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        for entry in fs::read_dir(&self.fd)? {
+            let Some(fid) = fid_of(&entry.name) else { continue };
+            let stat = fs::stat(&self.fd, &entry.name)?;
+            // The rename set its ctime.
+            let since = Duration::from_secs(u64::try_from(stat.ctime.0).unwrap_or(0));
+            if now.saturating_sub(since) >= rest && !keep(fid, &stat) {
+                self.remove(&entry.name)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&self, name: &[u8]) -> Result<(), Errno> {
+        if fs::stat(&self.fd, name)?.kind() != fs::Kind::Dir {
+            return fs::unlink(&self.fd, name);
+        }
+        let path = self.path.join(std::str::from_utf8(name).map_err(|_| Errno::INVAL)?);
+        if !cred::is_root() {
+            // A directory of the user's own may deny its owner.
+            open_up(&path).map_err(errno)?;
+        }
+        std::fs::remove_dir_all(path).map_err(errno)
+    }
+}
+
+/// Gives the owner all rights to a directory and all those below it.
+fn open_up(dir: &Path) -> std::io::Result<()> {
+    std::fs::set_permissions(dir, PermissionsExt::from_mode(0o700))?;
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            open_up(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn things_wait_and_come_back_or_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        std::fs::create_dir_all(tree.join("d/e")).unwrap();
+        std::fs::write(tree.join("d/e/f"), "x").unwrap();
+        std::fs::write(tree.join("g"), "data").unwrap();
+        let limbo = Limbo::open(&dir.path().join("limbo")).unwrap();
+        let fd = fs::open_root(&tree).unwrap();
+        limbo.take(&fd, b"d", Fid(10)).unwrap();
+        limbo.take(&fd, b"g", Fid(11)).unwrap();
+        assert!(limbo.open_file(Fid(11), fs::o::RDONLY).is_ok());
+        assert!(limbo.give(Fid(11), &fd, b"h").unwrap());
+        assert!(!limbo.give(Fid(11), &fd, b"i").unwrap());
+        assert_eq!(std::fs::read(tree.join("h")).unwrap(), b"data");
+        let hour = Duration::from_secs(3600);
+        limbo.clear(hour, |_, _| false).unwrap();
+        limbo.clear(Duration::ZERO, |fid, _| fid == Fid(10)).unwrap();
+        assert!(dir.path().join("limbo/a/e/f").exists());
+        limbo.clear(Duration::ZERO, |_, _| false).unwrap();
+        assert!(!dir.path().join("limbo/a").exists());
+    }
+
+    #[test]
+    fn the_newest_of_one_fid_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("a"), "1").unwrap();
+        std::fs::write(dir.path().join("b"), "2").unwrap();
+        let limbo = Limbo::open(&dir.path().join("limbo")).unwrap();
+        let fd = fs::open_root(dir.path()).unwrap();
+        limbo.take(&fd, b"a", Fid(5)).unwrap();
+        limbo.take(&fd, b"b", Fid(5)).unwrap();
+        assert_eq!(std::fs::read(dir.path().join("limbo/5")).unwrap(), b"2");
+    }
+}

@@ -1,0 +1,393 @@
+//! Merging a listing: a directory of the cache becomes what the server has, page by page.
+//!
+//! Names and objects that own records newer than the fetch are about stay as they are. What
+//! stands here under another name and is clean moves with its data; what is new becomes a stub;
+//! what is not there any more goes to limbo, unless something of it is not at the server yet:
+//! then it stays, and the directory stays stale so that it is listed again. Each entry is merged
+//! under the locks of all objects that it touches; in between, other operations go on.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use super::cache::Cache;
+use super::hydrate::{self, Notice, Remote};
+use super::meta::Meta;
+use super::ops::time_of_ns;
+use super::tree::{Dir, OWN_NAME, Result, TreeError};
+use crate::kml::record::{Fid, Name, ROOT, Seq, Time};
+use crate::sys::fs::{self, Kind, RenameMode, SetTime, Stat, o};
+use crate::sys::{Errno, cred};
+
+/// Deepest directory that is searched for own changes.
+const DEPTH_MAX: usize = 4096;
+
+/// One listing under way.
+#[derive(Default)]
+pub struct Listing {
+    seen: HashSet<Name>,
+    /// the directory as the newest page had it
+    dir: Option<Remote>,
+    /// something stayed that the server does not have there
+    kept: bool,
+}
+
+/// One page of a listing.
+pub struct RemotePage {
+    /// the directory itself
+    pub dir: Remote,
+    /// the bytes of names, not checked yet, and what they stand for
+    pub entries: Vec<(Vec<u8>, Remote)>,
+}
+
+/// What one entry needs, found before its locks are taken and checked after.
+struct Found {
+    /// what stands at the name
+    here: Option<(Stat, Option<Meta>)>,
+    /// where the entry's object stands otherwise
+    elsewhere: Option<(Arc<Dir>, Name)>,
+}
+
+impl Found {
+    fn here_fid(&self) -> Option<Fid> {
+        self.here.as_ref().and_then(|(_, meta)| meta.as_ref()).map(|meta| meta.fid)
+    }
+    /// The directories and the objects to lock.
+    fn locks(&self, dir: Fid, object: Fid) -> (Vec<Fid>, Vec<Fid>) {
+        let other = self.elsewhere.as_ref().map(|(dir, _)| dir.fid);
+        let dirs = [Some(dir), other].into_iter().flatten().collect();
+        (dirs, [Some(object), self.here_fid()].into_iter().flatten().collect())
+    }
+}
+
+/// Merges one page. Returns the names that stand for something else now, or for nothing.
+///
+/// # Errors
+/// The backing file system failed; entries before are merged.
+pub fn merge_page(
+    cache: &Cache,
+    listing: &mut Listing,
+    dir: Fid,
+    page: RemotePage,
+    mark: Seq,
+) -> Result<Vec<Notice>> {
+    let dir = cache.tree.dir(dir)?;
+    let before = fs::fstat(&*dir)?.mtime;
+    let mut notices = Vec::new();
+    let mut merged = Ok(());
+    for (raw, object) in &page.entries {
+        let Ok(name) = Name::new(raw) else {
+            log::warn!("the server has an entry that is not a name: {}", raw.escape_ascii());
+            continue;
+        };
+        if dir.fid == ROOT && name.as_bytes() == OWN_NAME {
+            continue;
+        }
+        listing.seen.insert(name.clone());
+        merged = merge_entry(cache, listing, &dir, &name, object, mark, &mut notices);
+        if merged.is_err() {
+            break;
+        }
+    }
+    listing.dir = Some(page.dir);
+    // Filling a directory is no change of it.
+    let _locked = cache.tree.lock_objects(&[dir.fid]);
+    let own = cache.pending().own(dir.fid);
+    let when = if own.entries > mark {
+        hydrate::time(time_of_ns(own.entries_ns))
+    } else {
+        SetTime::At(before.0, before.1)
+    };
+    fs::utimes_fd(&*dir, SetTime::Keep, when)?;
+    merged.map(|()| notices)
+}
+
+/// The pages covered the directory: what none of them named goes. `fresh`: nothing has changed
+/// since the first page.
+///
+/// # Errors
+/// The backing file system failed; the directory stays as stale as it was.
+pub fn finish_listing(
+    cache: &Cache,
+    listing: Listing,
+    dir: Fid,
+    mark: Seq,
+    fresh: bool,
+) -> Result<Vec<Notice>> {
+    let Some(object) = listing.dir else { return Ok(Vec::new()) };
+    let dir = cache.tree.dir(dir)?;
+    let (mut notices, mut kept) = (Vec::new(), listing.kept);
+    for entry in fs::read_dir(&*dir)? {
+        let Ok(name) = Name::new(&entry.name) else { continue };
+        if listing.seen.contains(&name) || (dir.fid == ROOT && name.as_bytes() == OWN_NAME) {
+            continue;
+        }
+        let found = Found { here: look(cache, &dir, &name)?, elsewhere: None };
+        let _entries = cache.tree.lock(&[dir.fid]);
+        let _object = cache.tree.lock_objects(&found.here_fid().into_iter().collect::<Vec<_>>());
+        let here = look(cache, &dir, &name)?;
+        let Some((stat, meta)) = here else { continue };
+        if meta.as_ref().map(|meta| meta.fid) != found.here_fid() {
+            kept = true; // it changed while the locks were awaited
+        } else if cache.pending().name(dir.fid, &name) > mark {
+            continue;
+        } else if retire(cache, &dir, &name, &stat, meta.as_ref(), mark)? {
+            notices.push(Notice::Entry { dir: dir.fid, name });
+        } else {
+            kept = true;
+        }
+    }
+    let _locked = cache.tree.lock_objects(&[dir.fid]);
+    hydrate::update_dir(cache, &dir, &object, mark, true)?;
+    if kept || !fresh {
+        cache.tree.edit_dir(&dir, |meta| meta.stale = true)?;
+    }
+    notices.push(Notice::Object { fid: dir.fid, dir: true });
+    Ok(notices)
+}
+
+fn look(cache: &Cache, dir: &Dir, name: &Name) -> Result<Option<(Stat, Option<Meta>)>> {
+    match fs::stat(dir, name.as_bytes()) {
+        Ok(stat) => match cache.tree.meta(dir, name) {
+            Ok(meta) => Ok(Some((stat, meta))),
+            Err(TreeError::Os(Errno::NOENT)) => Ok(None),
+            Err(e) => Err(e),
+        },
+        Err(Errno::NOENT) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn find(cache: &Cache, dir: &Dir, name: &Name, fid: Fid) -> Result<Found> {
+    let mut found = Found { here: look(cache, dir, name)?, elsewhere: None };
+    if found.here_fid() != Some(fid) {
+        found.elsewhere = match cache.tree.place(fid) {
+            Ok(place) => Some(place),
+            Err(TreeError::Gone(_)) => None,
+            Err(e) => return Err(e),
+        };
+    }
+    Ok(found)
+}
+
+fn merge_entry(
+    cache: &Cache,
+    listing: &mut Listing,
+    dir: &Arc<Dir>,
+    name: &Name,
+    object: &Remote,
+    mark: Seq,
+    notices: &mut Vec<Notice>,
+) -> Result<()> {
+    if object.fid == ROOT || object.fid == dir.fid {
+        log::warn!("the server names a directory in itself: {name:?}");
+        return Ok(());
+    }
+    let before = find(cache, dir, name, object.fid)?;
+    let locks = before.locks(dir.fid, object.fid);
+    let _entries = cache.tree.lock(&locks.0);
+    let _objects = cache.tree.lock_objects(&locks.1);
+    let found = find(cache, dir, name, object.fid)?;
+    if found.locks(dir.fid, object.fid) != locks {
+        listing.kept = true; // it changed while the locks were awaited
+        return Ok(());
+    }
+    if cache.pending().name(dir.fid, name) > mark {
+        return Ok(());
+    }
+    let kind = Kind::of(object.attr.mode);
+    if let Some((stat, meta)) = &found.here {
+        let same = meta.as_ref().filter(|m| m.fid == object.fid && stat.kind() == kind);
+        if let Some(meta) = same {
+            return hydrate::update(cache, dir, name, meta.clone(), object, mark);
+        }
+        if !retire(cache, dir, name, stat, meta.as_ref(), mark)? {
+            listing.kept = true;
+            return Ok(());
+        }
+    }
+    // The name stood for something else, or was known to be free.
+    notices.push(Notice::Entry { dir: dir.fid, name: name.clone() });
+    if let Some((from, old)) = &found.elsewhere {
+        if cache.pending().name(from.fid, old) > mark
+            || !bring(cache, dir, name, from, old, object)?
+        {
+            listing.kept = true;
+            return Ok(());
+        }
+        notices.push(Notice::Entry { dir: from.fid, name: old.clone() });
+    } else if cache.limbo.give(object.fid, &**dir, name.as_bytes())? {
+        if fs::stat(&**dir, name.as_bytes())?.kind() != kind {
+            cache.limbo.take(&**dir, name.as_bytes(), object.fid)?;
+            return make_stub(cache, dir, name, object);
+        }
+        cache.tree.index.set(object.fid, dir.fid, name);
+        if kind == Kind::Dir {
+            cache.tree.moved();
+        }
+    } else {
+        return make_stub(cache, dir, name, object);
+    }
+    match cache.tree.meta(dir, name)? {
+        Some(meta) => hydrate::update(cache, dir, name, meta, object, mark),
+        None => Ok(()),
+    }
+}
+
+/// Gives the object that stands at `old` the name that the server has for it. False: it cannot
+/// be done now.
+fn bring(
+    cache: &Cache,
+    dir: &Dir,
+    name: &Name,
+    from: &Dir,
+    old: &Name,
+    object: &Remote,
+) -> Result<bool> {
+    let (kind, when) = (Kind::of(object.attr.mode), fs::fstat(dir)?.mtime);
+    let was = fs::fstat(from)?;
+    let when = Time { sec: when.0, nsec: when.1 };
+    let is_link = kind != Kind::Dir && object.attr.nlink > 1;
+    let done = if fs::stat(from, old.as_bytes())?.kind() != kind {
+        Ok(())
+    } else if is_link {
+        cache.tree.link((from, old), object.fid, dir, name, when)
+    } else {
+        let mode = RenameMode::NoReplace;
+        cache.tree.rename((from, old), (dir, name), object.fid, None, mode, when)
+    };
+    // What is put right here is no change of the other directory.
+    fs::utimes_fd(from, SetTime::Keep, SetTime::At(was.mtime.0, was.mtime.1))?;
+    match done {
+        Ok(()) => Ok(fs::stat(dir, name.as_bytes()).is_ok()),
+        // It would lie in itself: the listing of what is between has not come yet.
+        Err(TreeError::Os(Errno::INVAL | Errno::LOOP)) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Takes away what the server does not have under this name. False: not while something of it is
+/// only here.
+fn retire(
+    cache: &Cache,
+    dir: &Dir,
+    name: &Name,
+    stat: &Stat,
+    meta: Option<&Meta>,
+    mark: Seq,
+) -> Result<bool> {
+    let raw = name.as_bytes();
+    let Some(meta) = meta else {
+        // Nobody's: half made when a process died. Anything with data in it is left alone.
+        match stat.kind() {
+            Kind::Dir => return Ok(fs::rmdir(dir, raw).is_ok()),
+            Kind::File if stat.blocks > 0 => return Ok(false),
+            _ => fs::unlink(dir, raw)?,
+        }
+        return Ok(true);
+    };
+    if is_needed(cache, meta.fid, stat.kind(), mark) {
+        return Ok(false);
+    }
+    let has_data = stat.kind() == Kind::File && stat.blocks > 0;
+    if stat.nlink > 1 && stat.kind() != Kind::Dir {
+        fs::unlink(dir, raw)?;
+    } else if has_data || stat.kind() == Kind::Dir {
+        cache.limbo.take(dir, raw, meta.fid)?;
+        cache.note_held(0, stat.blocks * 512);
+    } else {
+        fs::unlink(dir, raw)?;
+    }
+    if stat.kind() == Kind::Dir {
+        cache.tree.close_dir(meta.fid);
+        cache.tree.moved();
+    }
+    cache.tree.index.set_loose(dir.fid, raw, None);
+    cache.tree.index.remove(meta.fid, dir.fid, name)?;
+    Ok(true)
+}
+
+/// Whether own records newer than `mark` are about the object, or about anything below it.
+pub fn is_needed(cache: &Cache, fid: Fid, kind: Kind, mark: Seq) -> bool {
+    let newer: Vec<Fid> = {
+        let pending = cache.pending();
+        if pending.own(fid).newest() > mark {
+            return true;
+        }
+        if kind != Kind::Dir {
+            return false;
+        }
+        pending.newer_than(mark).collect()
+    };
+    let mut clear: HashSet<Fid> = HashSet::from([ROOT]);
+    newer.into_iter().any(|start| {
+        let (mut at, mut way) = (start, Vec::new());
+        while !clear.contains(&at) && way.len() < DEPTH_MAX {
+            if at == fid {
+                return true;
+            }
+            way.push(at);
+            match cache.tree.names(at).map(|mut names| names.pop()) {
+                Ok(Some((parent, _))) => at = parent,
+                _ => break,
+            }
+        }
+        clear.extend(way);
+        false
+    })
+}
+
+/// Makes an object of which only the attributes are here.
+fn make_stub(cache: &Cache, dir: &Arc<Dir>, name: &Name, object: &Remote) -> Result<()> {
+    let (raw, attr) = (name.as_bytes(), &object.attr);
+    let meta = Meta {
+        epoch: cache.epoch(),
+        nlink: hydrate::nlink(object),
+        ..match Kind::of(attr.mode) {
+            Kind::File => hydrate::stub_meta(object),
+            Kind::Dir => Meta::stub(object.fid, object.stamp, 0),
+            _ => Meta { stamp: object.stamp, ..Meta::whole(object.fid) },
+        }
+    };
+    match Kind::of(attr.mode) {
+        Kind::File => drop(fs::open(&**dir, raw, o::WRONLY | o::CREAT | o::EXCL, 0o600)?),
+        Kind::Dir => fs::mkdir(&**dir, raw, 0o700)?,
+        Kind::Symlink => fs::symlink(&object.target, &**dir, raw)?,
+        _ => match fs::mknod(&**dir, raw, attr.mode, attr.rdev) {
+            Err(Errno::PERM) if !cred::is_root() => {
+                log::info!("{name:?} is a device: left out of the cache of a user who is not root");
+                return Ok(());
+            }
+            made => made?,
+        },
+    }
+    let filled = fill_stub(cache, dir, name, object, &meta);
+    if filled.is_err() {
+        // Not half made: what was created a moment ago goes again.
+        match Kind::of(attr.mode) {
+            Kind::Dir => fs::rmdir(&**dir, raw)?,
+            _ => fs::unlink(&**dir, raw)?,
+        }
+    }
+    filled
+}
+
+fn fill_stub(
+    cache: &Cache,
+    dir: &Arc<Dir>,
+    name: &Name,
+    object: &Remote,
+    meta: &Meta,
+) -> Result<()> {
+    let raw = name.as_bytes();
+    cache.tree.set_meta(dir, name, meta)?;
+    if Kind::of(object.attr.mode) == Kind::File && object.attr.size > 0 {
+        let fd = fs::open(&**dir, raw, o::WRONLY, 0)?;
+        fs::truncate(&fd, object.attr.size)?;
+    }
+    hydrate::set_attributes(cache, &**dir, raw, object, false)?;
+    cache.tree.index.set(object.fid, dir.fid, name);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

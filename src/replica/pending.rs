@@ -1,0 +1,269 @@
+//! What this node changed and the server does not have yet: by object, and by name.
+//!
+//! In memory only, and rebuilt from the journal at start. A listing or an object that was fetched
+//! when the server had own records up to `mark` says nothing about what a newer own record
+//! changed: there, what is here stays. So entries outlive their acknowledgement until no fetch is
+//! under way that might be older ([`Pending::prune`]). Its owner makes it safe for threads.
+
+use std::collections::{HashMap, VecDeque};
+
+use crate::kml::record::{Fid, Name, Op, Record, Seq};
+
+/// The newest own records on one object, by what they changed; 0: none.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Own {
+    /// its attributes, or its being there at all
+    pub attr: Seq,
+    /// a file's contents
+    pub data: Seq,
+    /// a directory's entries, and with them its times
+    pub entries: Seq,
+    /// when that was, nanoseconds since the Unix epoch
+    pub entries_ns: u64,
+}
+
+impl Own {
+    /// The newest of all.
+    pub fn newest(&self) -> Seq {
+        self.attr.max(self.data).max(self.entries)
+    }
+}
+
+struct Waiting {
+    seq: Seq,
+    time_ns: u64,
+    len: u64,
+}
+
+#[derive(Default)]
+pub struct Pending {
+    objects: HashMap<Fid, Own>,
+    names: HashMap<Fid, HashMap<Name, Seq>>,
+    name_count: usize,
+    /// records that are not acknowledged, in order
+    waiting: VecDeque<Waiting>,
+    len: u64,
+    written_len: u64,
+    acked: Seq,
+    /// entries up to here have gone
+    pruned: Seq,
+    acked_since_prune: usize,
+}
+
+/// Bytes that the record announces.
+pub fn data_len(record: &Record) -> u64 {
+    match &record.op {
+        Op::Store { ranges, .. } => {
+            ranges.iter().fold(0, |sum: u64, range| sum.saturating_add(range.len))
+        }
+        _ => 0,
+    }
+}
+
+impl Pending {
+    /// Nothing pends, and the server has everything up to `acked`.
+    pub fn new(acked: Seq) -> Pending {
+        Pending { acked, pruned: acked, ..Pending::default() }
+    }
+
+    /// A record was appended. Records may come a little out of order.
+    pub fn add(&mut self, seq: Seq, record: &Record) {
+        let len = data_len(record);
+        let at = self.waiting.iter().rposition(|w| w.seq < seq).map_or(0, |at| at + 1);
+        self.waiting.insert(at, Waiting { seq, time_ns: record.time_ns, len });
+        self.len = self.len.saturating_add(len);
+        self.written_len = self.written_len.saturating_add(len);
+        for fid in [record.op.fid(), record.op.other()].into_iter().flatten() {
+            let own = self.objects.entry(fid).or_default();
+            own.attr = own.attr.max(seq);
+            if changes_data(&record.op) {
+                own.data = own.data.max(seq);
+            }
+        }
+        for place in record.op.places().into_iter().flatten() {
+            let dir = self.objects.entry(place.dir).or_default();
+            if seq > dir.entries {
+                (dir.entries, dir.entries_ns) = (seq, record.time_ns);
+            }
+            let names = self.names.entry(place.dir).or_default();
+            let newest = names.entry(place.name.clone()).or_insert_with(|| {
+                self.name_count += 1;
+                seq
+            });
+            *newest = (*newest).max(seq);
+        }
+    }
+
+    /// The server keeps everything up to here.
+    pub fn acked(&mut self, upto: Seq) {
+        self.acked = self.acked.max(upto);
+        while let Some(first) = self.waiting.front().filter(|first| first.seq <= upto) {
+            self.len = self.len.saturating_sub(first.len);
+            self.waiting.pop_front();
+            self.acked_since_prune += 1;
+        }
+    }
+
+    /// The server turned out to have no more than this: see `ServerBehind`. What it lost counts
+    /// as pending by mark; counts and bytes of it are not known any more.
+    pub fn fell_back(&mut self, acked: Seq) {
+        self.acked = acked;
+    }
+
+    /// No fetch is under way that was sent when less than `floor` was acknowledged. Work is put
+    /// off until it is worth while.
+    pub fn prune(&mut self, floor: Seq) {
+        let floor = floor.min(self.acked);
+        let size = self.objects.len() + self.name_count;
+        if floor <= self.pruned || self.acked_since_prune * 4 < size {
+            return;
+        }
+        self.objects.retain(|_, own| own.newest() > floor);
+        self.names.retain(|_, names| {
+            names.retain(|_, seq| *seq > floor);
+            !names.is_empty()
+        });
+        self.name_count = self.names.values().map(HashMap::len).sum();
+        (self.pruned, self.acked_since_prune) = (floor, 0);
+    }
+
+    /// The newest own records on an object.
+    pub fn own(&self, fid: Fid) -> Own {
+        self.objects.get(&fid).copied().unwrap_or_default()
+    }
+    /// The newest own record on a name.
+    pub fn name(&self, dir: Fid, name: &Name) -> Seq {
+        self.names.get(&dir).and_then(|names| names.get(name)).copied().unwrap_or_default()
+    }
+    /// Whether the server lacks something of the object itself (entries do not count).
+    pub fn is_ours(&self, fid: Fid) -> bool {
+        let own = self.own(fid);
+        own.attr.max(own.data) > self.acked
+    }
+    /// Whether the server lacks contents of the file: it must not be evicted.
+    pub fn is_dirty(&self, fid: Fid) -> bool {
+        self.own(fid).data > self.acked
+    }
+    /// Every object that own records newer than `mark` are about, and every directory in which
+    /// such a record changed a name.
+    pub fn newer_than(&self, mark: Seq) -> impl Iterator<Item = Fid> + '_ {
+        self.objects.iter().filter(move |(_, own)| own.newest() > mark).map(|(fid, _)| *fid)
+    }
+    /// Records that the server lacks.
+    pub fn count(&self) -> u64 {
+        self.waiting.len() as u64
+    }
+    /// Contents that the server lacks, bytes (of a file that was stored twice, both).
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+    /// Contents of all records that were ever added, bytes.
+    pub fn written_len(&self) -> u64 {
+        self.written_len
+    }
+    /// When the oldest record was made that the server lacks, nanoseconds since the Unix epoch.
+    pub fn oldest_ns(&self) -> Option<u64> {
+        self.waiting.front().map(|first| first.time_ns)
+    }
+}
+
+fn changes_data(op: &Op) -> bool {
+    match op {
+        Op::Store { .. } | Op::Create { .. } => true,
+        Op::Setattr { new, .. } => new.size.is_some(),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kml::record::{Change, Origin, Over, Place, Range, Stamp, Time};
+
+    fn name(s: &str) -> Name {
+        Name::new(s.as_bytes()).unwrap()
+    }
+
+    fn record(op: Op) -> Record {
+        let (origin, path) = (Origin::default(), vec![]);
+        Record { time_ns: 70, origin, uid: 0, gid: 0, path, op }
+    }
+
+    fn place(dir: u64, n: &str) -> Place {
+        Place { dir: Fid(dir), base: Stamp(0), name: name(n) }
+    }
+
+    fn store(fid: u64, len: u64) -> Record {
+        let ranges = vec![Range { at: 0, len }, Range { at: 50, len: 1 }];
+        let (base, mtime) = (Stamp(0), Time::default());
+        record(Op::Store { fid: Fid(fid), base, size: len, mtime, ranges, old_size: 0 })
+    }
+
+    fn create(dir: u64, n: &str, fid: u64) -> Record {
+        record(Op::Create { at: place(dir, n), fid: Fid(fid), mode: 0o644, umask: 0 })
+    }
+
+    #[test]
+    fn counts_what_the_server_lacks() {
+        let mut table = Pending::new(Seq(0));
+        table.add(Seq(1), &create(1, "a", 9));
+        table.add(Seq(3), &store(9, 2000));
+        table.add(Seq(2), &store(9, 1000));
+        assert_eq!((table.count(), table.len(), table.written_len()), (3, 3002, 3002));
+        assert_eq!(table.oldest_ns(), Some(70));
+        assert!(table.is_dirty(Fid(9)) && !table.is_ours(Fid(1)));
+        table.acked(Seq(2));
+        assert_eq!((table.count(), table.len(), table.written_len()), (1, 2001, 3002));
+        assert!(table.is_dirty(Fid(9)));
+        table.acked(Seq(3));
+        assert_eq!((table.count(), table.len(), table.oldest_ns()), (0, 0, None));
+        assert!(!table.is_dirty(Fid(9)) && !table.is_ours(Fid(9)));
+    }
+
+    #[test]
+    fn every_kind_of_change_has_its_mark() {
+        let mut table = Pending::new(Seq(0));
+        let over = Over::Exchanged { fid: Fid(8), base: Stamp(0) };
+        let (from, to) = (place(1, "a"), place(2, "b"));
+        let rename = Op::Rename { from, to, fid: Fid(7), base: Stamp(0), over };
+        table.add(Seq(5), &record(rename));
+        assert_eq!(table.name(Fid(1), &name("a")), Seq(5));
+        assert_eq!(table.name(Fid(2), &name("b")), Seq(5));
+        assert_eq!(table.name(Fid(2), &name("a")), Seq(0));
+        for fid in [7, 8] {
+            let own = Own { attr: Seq(5), ..Own::default() };
+            assert_eq!(table.own(Fid(fid)), own);
+        }
+        assert_eq!(table.own(Fid(2)), Own { entries: Seq(5), entries_ns: 70, ..Own::default() });
+        let cut = Change { size: Some(0), ..Change::default() };
+        let new = Change { mode: Some(0o600), ..Change::default() };
+        let (base, old) = (Stamp(0), Change::default());
+        table.add(Seq(6), &record(Op::Setattr { fid: Fid(7), base, new, old }));
+        assert!(table.is_ours(Fid(7)) && !table.is_dirty(Fid(7)));
+        table.add(Seq(7), &record(Op::Setattr { fid: Fid(7), base, new: cut, old }));
+        assert!(table.is_dirty(Fid(7)));
+        let mut newer: Vec<Fid> = table.newer_than(Seq(5)).collect();
+        newer.sort();
+        assert_eq!(newer, [Fid(7)]);
+    }
+
+    #[test]
+    fn marks_outlive_the_acknowledgement_until_pruned() {
+        let mut table = Pending::new(Seq(0));
+        for seq in 1..=100 {
+            table.add(Seq(seq), &create(1, &seq.to_string(), 1000 + seq));
+        }
+        table.acked(Seq(100));
+        table.prune(Seq(40));
+        assert_eq!(table.name(Fid(1), &name("40")), Seq(0));
+        assert_eq!(table.name(Fid(1), &name("41")), Seq(41));
+        assert_eq!(table.own(Fid(1041)).attr, Seq(41));
+        table.add(Seq(101), &create(2, "x", 1));
+        table.acked(Seq(101));
+        table.prune(Seq(101));
+        assert_eq!(table.name(Fid(2), &name("x")), Seq(101), "one record is not worth the work");
+    }
+}
