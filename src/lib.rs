@@ -5,6 +5,10 @@
 //!
 //!   modes > presto, net > lento, replica > kml > sys
 
-pub mod kml;
-pub mod lento;
 pub mod net;
+
+pub mod lento;
+pub mod replica;
+
+pub mod kml;
+pub mod sys;

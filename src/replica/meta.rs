@@ -1,0 +1,235 @@
+//! What imz knows of one object: the value of the extended attribute on it.
+//!
+//! ```text
+//!  at  len  field
+//!   0    1  version   1
+//!   1    1  flags     bit 0 COMPLETE, bit 1 STALE
+//!   2    2  zero
+//!   4    4  epoch     of the cache when this was fetched
+//!   8    8  fid
+//!  16    8  stamp     version of the object at the server
+//!  24    8  foreign   stamp of the last change by another node than `author`
+//!  32    4  author    node that made the last change
+//!  36    4  nlink     names that the server counts; 0: as the backing file has them
+//!  40    8  base_size bytes of the server's file that `have` speaks of
+//!  48    n  have      a bit for each granule that is here; empty for a complete object
+//! ```
+//!
+//! Little-endian. A granule is 1 MiB, doubled until a file has at most 16,384 of them: the value
+//! stays below 2.1 KiB, which every file system takes.
+
+use crate::kml::record::{Fid, Stamp};
+
+/// Smallest granule of hydration, bytes.
+pub const GRANULE_LEN_MIN: u64 = 1 << 20;
+/// Most granules of one file.
+pub const GRANULES_MAX: u64 = 16384;
+const FIXED_LEN: usize = 48;
+const VERSION: u8 = 1;
+const COMPLETE: u8 = 1;
+const STALE: u8 = 2;
+
+/// The metadata of one object.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Meta {
+    pub fid: Fid,
+    pub stamp: Stamp,
+    pub foreign: Stamp,
+    pub author: u32,
+    /// file: all data are here; directory: all entries are here
+    pub complete: bool,
+    /// a promise was broken: the server has a newer state
+    pub stale: bool,
+    pub epoch: u32,
+    pub nlink: u32,
+    pub base_size: u64,
+    /// one bit a granule of the first `base_size` bytes, lowest bit first; empty when complete
+    pub have: Vec<u8>,
+}
+
+/// The value is not one that this version wrote.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the attribute with imz's knowledge of the object is damaged or of another version")]
+pub struct BadMeta;
+
+impl Meta {
+    /// An object that is all here, as its creator has it.
+    pub fn whole(fid: Fid) -> Meta {
+        Meta { fid, complete: true, ..Meta::default() }
+    }
+
+    /// A file of which nothing is here yet (or a directory, with `size` 0).
+    pub fn stub(fid: Fid, stamp: Stamp, size: u64) -> Meta {
+        let granules = size.div_ceil(granule_len(size));
+        let have = vec![0; granules.div_ceil(8) as usize];
+        Meta { fid, stamp, base_size: size, have, ..Meta::default() }
+    }
+
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(FIXED_LEN + self.have.len());
+        let flags = if self.complete { COMPLETE } else { 0 } | if self.stale { STALE } else { 0 };
+        out.extend_from_slice(&[VERSION, flags, 0, 0]);
+        out.extend_from_slice(&self.epoch.to_le_bytes());
+        out.extend_from_slice(&self.fid.0.to_le_bytes());
+        out.extend_from_slice(&self.stamp.0.to_le_bytes());
+        out.extend_from_slice(&self.foreign.0.to_le_bytes());
+        out.extend_from_slice(&self.author.to_le_bytes());
+        out.extend_from_slice(&self.nlink.to_le_bytes());
+        out.extend_from_slice(&self.base_size.to_le_bytes());
+        out.extend_from_slice(&self.have);
+        out
+    }
+
+    /// # Errors
+    /// [`BadMeta`] when the bytes are too few, too many, or of another version.
+    pub fn decode(bytes: &[u8]) -> Result<Meta, BadMeta> {
+        let fixed: &[u8; FIXED_LEN] = bytes.first_chunk().ok_or(BadMeta)?;
+        let u32_at = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| fixed[at + i]));
+        let u64_at = |at| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
+        let have = &bytes[FIXED_LEN..];
+        if fixed[0] != VERSION || have.len() as u64 > GRANULES_MAX / 8 {
+            return Err(BadMeta);
+        }
+        Ok(Meta {
+            fid: Fid(u64_at(8)),
+            stamp: Stamp(u64_at(16)),
+            foreign: Stamp(u64_at(24)),
+            author: u32_at(32),
+            complete: fixed[1] & COMPLETE != 0,
+            stale: fixed[1] & STALE != 0,
+            epoch: u32_at(4),
+            nlink: u32_at(36),
+            base_size: u64_at(40),
+            have: have.to_vec(),
+        })
+    }
+
+    /// Length of this file's granules, bytes.
+    pub fn granule_len(&self) -> u64 {
+        granule_len(self.base_size)
+    }
+
+    /// The first byte range within `at..at + len` that is not here, cut to whole granules and to
+    /// the base size; `None` when all is here.
+    pub fn missing(&self, at: u64, len: u64) -> Option<(u64, u64)> {
+        if self.complete || self.have.is_empty() {
+            return None;
+        }
+        let granule = self.granule_len();
+        let end = at.saturating_add(len).min(self.base_size);
+        let wanted = at / granule..end.div_ceil(granule);
+        let first = wanted.clone().find(|g| !self.has(*g))?;
+        let past = (first..wanted.end).find(|g| self.has(*g)).unwrap_or(wanted.end);
+        let start = first * granule;
+        Some((start, (past * granule).min(self.base_size) - start))
+    }
+
+    /// Notes that `at..at + len` is here: every granule that lies wholly in it (the last one
+    /// ends at the base size). Returns true when that completed the file.
+    pub fn arrived(&mut self, at: u64, len: u64) -> bool {
+        let granule = self.granule_len();
+        let end = at.saturating_add(len).min(self.base_size);
+        let past = if end == self.base_size { end.div_ceil(granule) } else { end / granule };
+        for g in at.div_ceil(granule)..past {
+            if let Some(byte) = self.have.get_mut((g / 8) as usize) {
+                *byte |= 1 << (g % 8);
+            }
+        }
+        if self.missing(0, self.base_size).is_none() {
+            self.complete = true;
+            self.have = Vec::new();
+        }
+        self.complete
+    }
+
+    /// The file was cut to `size`: what lay beyond is not the server's any more. Returns true
+    /// when nothing is missing of what is left.
+    pub fn truncated(&mut self, size: u64) -> bool {
+        if self.complete || size >= self.base_size {
+            return self.complete;
+        }
+        let (old, granule) = (self.clone(), self.granule_len());
+        // Granules may be shorter for the smaller file; a bit then covers several.
+        *self = Meta { base_size: size, ..Meta::stub(self.fid, self.stamp, size) };
+        let keep = (old.foreign, old.author, old.stale, old.epoch, old.nlink);
+        (self.foreign, self.author, self.stale, self.epoch, self.nlink) = keep;
+        for g in (0..size.div_ceil(granule)).filter(|g| old.has(*g)) {
+            self.arrived(g * granule, granule);
+        }
+        if self.missing(0, size).is_none() {
+            self.complete = true;
+            self.have = Vec::new();
+        }
+        self.complete
+    }
+
+    fn has(&self, granule: u64) -> bool {
+        self.have.get((granule / 8) as usize).is_some_and(|b| b & (1 << (granule % 8)) != 0)
+    }
+}
+
+fn granule_len(size: u64) -> u64 {
+    let mut len = GRANULE_LEN_MIN;
+    while size.div_ceil(len) > GRANULES_MAX {
+        len *= 2;
+    }
+    len
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn decodes_what_it_encodes() {
+        let mut meta = Meta::stub(Fid::new(3, 77), Stamp(9), 40 * MIB + 5);
+        (meta.foreign, meta.author, meta.stale, meta.epoch, meta.nlink) = (Stamp(8), 3, true, 6, 2);
+        meta.arrived(3 * MIB, MIB);
+        assert_eq!(Meta::decode(&meta.encode()), Ok(meta.clone()));
+        assert_eq!(Meta::decode(&meta.encode()[..47]), Err(BadMeta));
+        let mut other = meta.encode();
+        other[0] = 2;
+        assert_eq!(Meta::decode(&other), Err(BadMeta));
+        other.resize(FIXED_LEN + 2049, 0);
+        other[0] = 1;
+        assert_eq!(Meta::decode(&other), Err(BadMeta));
+    }
+
+    #[test]
+    fn misses_what_has_not_arrived() {
+        let mut meta = Meta::stub(Fid(5), Stamp(1), 3 * MIB + 10);
+        assert_eq!(meta.missing(MIB + 1, 1), Some((MIB, MIB)));
+        assert_eq!(meta.missing(3 * MIB, 100), Some((3 * MIB, 10)));
+        assert_eq!(meta.missing(4 * MIB, 100), None, "beyond the base all is local");
+        assert!(!meta.arrived(0, MIB + 5), "half a granule does not count");
+        assert_eq!(meta.missing(0, 4 * MIB), Some((MIB, 2 * MIB + 10)));
+        assert!(!meta.arrived(3 * MIB, 10));
+        assert!(meta.arrived(MIB, 2 * MIB));
+        assert_eq!(meta.missing(0, u64::MAX), None);
+    }
+
+    #[test]
+    fn an_empty_file_misses_nothing() {
+        let mut meta = Meta::stub(Fid(5), Stamp(1), 0);
+        assert_eq!(meta.missing(0, 10), None);
+        assert!(meta.arrived(0, 0));
+    }
+
+    #[test]
+    fn truncation_forgets_the_rest() {
+        let mut meta = Meta::stub(Fid(5), Stamp(1), 3 * MIB);
+        meta.arrived(0, MIB);
+        assert!(!meta.truncated(2 * MIB));
+        assert_eq!(meta.missing(0, 9 * MIB), Some((MIB, MIB)));
+        assert!(meta.truncated(MIB / 2));
+    }
+
+    #[test]
+    fn large_files_have_large_granules() {
+        let meta = Meta::stub(Fid(5), Stamp(1), 100 << 30);
+        assert_eq!(meta.granule_len(), 8 * MIB);
+        assert!(meta.encode().len() < 2100);
+    }
+}

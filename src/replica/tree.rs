@@ -1,0 +1,398 @@
+//! The tree of ordinary files: finding objects by fid, and what imz knows of each.
+//!
+//! An object is found through the index and then checked: the attribute on it must name the same
+//! fid. Directories are kept open in a bounded cache, and every operation is one call relative to
+//! such a descriptor. Nothing here follows a symbolic link or leaves the tree. Absent on purpose:
+//! a table of all objects in memory, and any knowledge of promises or servers.
+//!
+//! Locks: 256, by fid, taken together in ascending order ([`Tree::lock`]).
+
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use lru::LruCache;
+
+use super::index::{At, Index, IndexError};
+use super::meta::{BadMeta, Meta};
+use crate::kml::record::{Fid, Name, PATH_LEN_MAX, ROOT};
+use crate::sys::{self, Errno, fs};
+
+/// Most directories that are kept open.
+const DIRS_MAX: usize = 2048;
+/// Locks by fid.
+const LOCKS: u64 = 256;
+/// Deepest directory that can be found by its fid.
+const DEPTH_MAX: usize = 4096;
+/// imz's own directory at the root of a served tree.
+pub const OWN_NAME: &[u8] = b".imz";
+/// Where a volume keeps the versions that lost a conflict.
+pub const CONFLICTS_NAME: &[u8] = b".imz-conflicts";
+
+#[derive(Debug, thiserror::Error)]
+pub enum TreeError {
+    #[error("no object has the fid {0}")]
+    Gone(Fid),
+    #[error("{0}")]
+    Os(#[from] Errno),
+    #[error("{0}")]
+    Index(#[from] IndexError),
+    #[error("{0}")]
+    BadMeta(#[from] BadMeta),
+    #[error("{path}: {source}")]
+    Root { path: PathBuf, source: Errno },
+    #[error("{path}: its file system keeps no extended attributes ({key}): {source}")]
+    NoXattrs { path: PathBuf, key: String, source: Errno },
+}
+
+impl TreeError {
+    /// The error number that an application sees.
+    pub fn errno(&self) -> Errno {
+        match self {
+            TreeError::Gone(_) => Errno::STALE,
+            TreeError::Os(e) => *e,
+            TreeError::Index(_) | TreeError::BadMeta(_) => Errno::IO,
+            TreeError::Root { source, .. } | TreeError::NoXattrs { source, .. } => *source,
+        }
+    }
+}
+
+pub type Result<T> = std::result::Result<T, TreeError>;
+
+/// An open directory of the tree.
+pub struct Dir {
+    pub fid: Fid,
+    fd: OwnedFd,
+    meta: Mutex<Meta>,
+    /// from the root, and the tree's generation when it was true
+    path: Mutex<Option<(u64, Vec<u8>)>>,
+}
+
+impl Dir {
+    /// What imz knows of the directory.
+    pub fn meta(&self) -> Meta {
+        held(&self.meta).clone()
+    }
+}
+
+impl AsFd for Dir {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+pub struct Tree {
+    root: Arc<Dir>,
+    /// of the attribute that holds the metadata
+    key: &'static [u8],
+    pub index: Index,
+    dirs: Mutex<LruCache<Fid, Arc<Dir>>>,
+    locks: Vec<Mutex<()>>,
+    /// false when the index may have forgotten something: a miss then walks the tree
+    certain: AtomicBool,
+    /// goes up when a directory moves: paths must be found anew
+    moves: AtomicU64,
+}
+
+/// Holds the locks of some objects.
+pub struct Locked<'a> {
+    _held: Vec<MutexGuard<'a, ()>>,
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these mutexes guard is whole after every statement, also in a panic.
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Tree {
+    /// Opens the tree at `root`, whose index is at `index`. `clean` says that the index has
+    /// everything that the tree has. The root gets fid 1.
+    pub fn open(root: &Path, index: &Path, clean: bool) -> Result<Tree> {
+        let at_root = |source| TreeError::Root { path: root.to_owned(), source };
+        let fd = fs::open_root(root).map_err(at_root)?;
+        let key: &[u8] = if sys::cred::is_root() { b"trusted.imz" } else { b"user.imz" };
+        let known = match fs::xattr::get(&fd, b"", key).map_err(|e| no_xattrs(root, key, e))? {
+            Some(value) => Some(Meta::decode(&value)?),
+            None => None,
+        };
+        let meta = known.unwrap_or_else(|| Meta { fid: ROOT, ..Meta::default() });
+        fs::xattr::set(&fd, b"", key, &meta.encode(), 0).map_err(|e| no_xattrs(root, key, e))?;
+        let (index, anew) = Index::open(index)?;
+        let dir = Dir { fid: ROOT, fd, meta: Mutex::new(meta), path: Mutex::new(None) };
+        let capacity = NonZeroUsize::new(DIRS_MAX).unwrap_or(NonZeroUsize::MIN);
+        Ok(Tree {
+            root: Arc::new(dir),
+            key,
+            index,
+            dirs: Mutex::new(LruCache::new(capacity)),
+            locks: (0..LOCKS).map(|_| Mutex::new(())).collect(),
+            certain: AtomicBool::new(clean && !anew),
+            moves: AtomicU64::new(0),
+        })
+    }
+
+    /// The key of imz's own attribute, to be hidden from applications.
+    pub fn own_key(&self) -> &'static [u8] {
+        self.key
+    }
+
+    pub fn root(&self) -> &Arc<Dir> {
+        &self.root
+    }
+
+    /// Locks some objects against other changes; the caller holds no other such lock.
+    pub fn lock(&self, fids: &[Fid]) -> Locked<'_> {
+        let mut slots: Vec<u64> = fids.iter().map(|f| f.0.wrapping_mul(31) % LOCKS).collect();
+        slots.sort_unstable();
+        slots.dedup();
+        Locked { _held: slots.into_iter().map(|s| held(&self.locks[s as usize])).collect() }
+    }
+
+    /// The directory with this fid, open.
+    pub fn dir(&self, fid: Fid) -> Result<Arc<Dir>> {
+        if fid == ROOT {
+            return Ok(self.root.clone());
+        }
+        if let Some(dir) = held(&self.dirs).get(&fid) {
+            return Ok(dir.clone());
+        }
+        match self.find_dir(fid) {
+            Err(TreeError::Gone(_)) if self.walk_once()? => self.find_dir(fid),
+            found => found,
+        }
+    }
+
+    /// Goes up to a directory that is open, then down again.
+    fn find_dir(&self, fid: Fid) -> Result<Arc<Dir>> {
+        let mut way = vec![fid];
+        let mut at = loop {
+            let Some(last) = way.last().copied() else { return Err(TreeError::Gone(fid)) };
+            let (parent, _) = self.index.names(last)?.pop().ok_or(TreeError::Gone(fid))?;
+            if parent == ROOT {
+                break self.root.clone();
+            }
+            if let Some(dir) = held(&self.dirs).get(&parent) {
+                break dir.clone();
+            }
+            if way.len() > DEPTH_MAX || way.contains(&parent) {
+                return Err(TreeError::Gone(fid));
+            }
+            way.push(parent);
+        };
+        while let Some(next) = way.pop() {
+            let (_, name) = self.index.names(next)?.pop().ok_or(TreeError::Gone(fid))?;
+            at = match self.open_dir(&at, &name) {
+                Ok(dir) if dir.fid == next => dir,
+                Ok(_) | Err(TreeError::Os(Errno::NOENT | Errno::NOTDIR | Errno::LOOP)) => {
+                    return Err(TreeError::Gone(fid));
+                }
+                Err(e) => return Err(e),
+            };
+        }
+        Ok(at)
+    }
+
+    /// Opens the directory `name` in `dir`, which must have metadata.
+    pub fn open_dir(&self, dir: &Dir, name: &Name) -> Result<Arc<Dir>> {
+        let fd = fs::open(dir, name.as_bytes(), fs::o::DIRECTORY, 0)?;
+        let value = fs::xattr::get(&fd, b"", self.key)?.ok_or(BadMeta)?;
+        let meta = Meta::decode(&value)?;
+        let fid = meta.fid;
+        let mut dirs = held(&self.dirs);
+        if let Some(dir) = dirs.get(&fid) {
+            return Ok(dir.clone()); // another thread was faster; its metadata are the cached ones
+        }
+        let dir = Arc::new(Dir { fid, fd, meta: Mutex::new(meta), path: Mutex::new(None) });
+        dirs.put(fid, dir.clone());
+        Ok(dir)
+    }
+
+    /// A place where the object stands, checked.
+    pub fn place(&self, fid: Fid) -> Result<(Arc<Dir>, Name)> {
+        match self.find_place(fid) {
+            Err(TreeError::Gone(_)) if self.walk_once()? => self.find_place(fid),
+            found => found,
+        }
+    }
+
+    fn find_place(&self, fid: Fid) -> Result<(Arc<Dir>, Name)> {
+        for (parent, name) in self.index.names(fid)? {
+            let dir = match self.dir(parent) {
+                Ok(dir) => dir,
+                Err(TreeError::Gone(_)) => continue,
+                Err(e) => return Err(e),
+            };
+            match self.meta(&dir, &name) {
+                Ok(Some(meta)) if meta.fid == fid => return Ok((dir, name)),
+                Ok(_) | Err(TreeError::Os(Errno::NOENT)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Err(TreeError::Gone(fid))
+    }
+
+    /// Opens an object that is not a symbolic link.
+    pub fn open_object(&self, fid: Fid, flags: i32) -> Result<OwnedFd> {
+        if fid == ROOT {
+            return Ok(fs::reopen(&self.root, flags)?);
+        }
+        let (dir, name) = self.place(fid)?;
+        Ok(fs::open(&dir, name.as_bytes(), flags, 0)?)
+    }
+
+    /// What imz knows of `name`; `None` when it has not seen the object yet.
+    pub fn meta(&self, dir: &Dir, name: &Name) -> Result<Option<Meta>> {
+        let value = match fs::xattr::get(dir, name.as_bytes(), self.key) {
+            Ok(Some(value)) => Some(value),
+            Ok(None) => self.index.loose(dir.fid, name.as_bytes())?,
+            Err(e) if carries_none(e) => self.index.loose(dir.fid, name.as_bytes())?,
+            Err(e) => return Err(e.into()),
+        };
+        Ok(value.map(|v| Meta::decode(&v)).transpose()?)
+    }
+
+    /// Notes what imz knows of `name`, and where it stands. Durable on return: no.
+    pub fn set_meta(&self, dir: &Dir, name: &Name, meta: &Meta) -> Result<()> {
+        let value = meta.encode();
+        match fs::xattr::set(dir, name.as_bytes(), self.key, &value, 0) {
+            Err(e) if carries_none(e) => {
+                self.index.set_loose(dir.fid, name.as_bytes(), Some(value));
+            }
+            done => done?,
+        }
+        if let Some(open) = held(&self.dirs).peek(&meta.fid) {
+            *held(&open.meta) = meta.clone();
+        }
+        Ok(())
+    }
+
+    /// Of an open object.
+    pub fn meta_of(&self, fd: impl AsFd) -> Result<Option<Meta>> {
+        let value = fs::xattr::get(fd, b"", self.key)?;
+        Ok(value.map(|v| Meta::decode(&v)).transpose()?)
+    }
+
+    pub fn set_meta_of(&self, fd: impl AsFd, meta: &Meta) -> Result<()> {
+        Ok(fs::xattr::set(fd, b"", self.key, &meta.encode(), 0)?)
+    }
+
+    /// Changes what imz knows of a directory.
+    pub fn edit_dir(&self, dir: &Dir, change: impl FnOnce(&mut Meta)) -> Result<()> {
+        let mut meta = held(&dir.meta);
+        let mut next = meta.clone();
+        change(&mut next);
+        if next != *meta {
+            fs::xattr::set(dir, b"", self.key, &next.encode(), 0)?;
+            *meta = next;
+        }
+        Ok(())
+    }
+
+    /// Changes what imz knows of any object, wherever it stands.
+    pub fn edit_meta(&self, fid: Fid, change: impl FnOnce(&mut Meta)) -> Result<()> {
+        if fid == ROOT {
+            return self.edit_dir(&self.root, change);
+        }
+        if let Some(dir) = held(&self.dirs).peek(&fid).cloned() {
+            return self.edit_dir(&dir, change);
+        }
+        let (dir, name) = self.place(fid)?;
+        let mut meta = self.meta(&dir, &name)?.ok_or(TreeError::Gone(fid))?;
+        let before = meta.clone();
+        change(&mut meta);
+        if meta != before { self.set_meta(&dir, &name, &meta) } else { Ok(()) }
+    }
+
+    /// Forgets an open directory, for it was removed.
+    pub fn close_dir(&self, fid: Fid) {
+        held(&self.dirs).pop(&fid);
+    }
+
+    /// A directory has moved: paths are found anew.
+    pub fn moved(&self) {
+        self.moves.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The directory's path from the root, without a leading slash: for people and tools.
+    pub fn path(&self, dir: &Dir) -> Vec<u8> {
+        let now = self.moves.load(Ordering::Relaxed);
+        if let Some((then, path)) = &*held(&dir.path)
+            && *then == now
+        {
+            return path.clone();
+        }
+        let mut names = Vec::new();
+        let mut fid = dir.fid;
+        while fid != ROOT && names.len() < DEPTH_MAX {
+            let Ok(Some((parent, name))) = self.index.names(fid).map(|mut at| at.pop()) else {
+                break;
+            };
+            names.push(name);
+            fid = parent;
+        }
+        let mut path = Vec::new();
+        for name in names.iter().rev() {
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+            path.extend_from_slice(name.as_bytes());
+        }
+        *held(&dir.path) = Some((now, path.clone()));
+        path
+    }
+
+    /// The path of `name` in `dir`, cut at its front to what a record holds.
+    pub fn path_of(&self, dir: &Dir, name: &Name) -> Vec<u8> {
+        let mut path = self.path(dir);
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(name.as_bytes());
+        path.split_off(path.len().saturating_sub(PATH_LEN_MAX))
+    }
+
+    /// Walks the tree and notes where everything stands, unless the index is certain.
+    fn walk_once(&self) -> Result<bool> {
+        if self.certain.swap(true, Ordering::Relaxed) {
+            return Ok(false);
+        }
+        log::info!("the index of names is not certain: walking the tree");
+        let mut dirs = vec![self.root.clone()];
+        while let Some(dir) = dirs.pop() {
+            for entry in fs::read_dir(&*dir)? {
+                let Ok(name) = Name::new(&entry.name) else { continue };
+                if dir.fid == ROOT && is_own(name.as_bytes()) {
+                    continue;
+                }
+                let Ok(Some(meta)) = self.meta(&dir, &name) else { continue };
+                self.index.add(meta.fid, dir.fid, &name)?;
+                if fs::stat(&*dir, name.as_bytes())?.kind() == fs::Kind::Dir {
+                    dirs.push(self.open_dir(&dir, &name)?);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// All places that the index knows, unchecked.
+    pub fn names(&self, fid: Fid) -> Result<Vec<At>> {
+        Ok(self.index.names(fid)?)
+    }
+}
+
+/// True for the names at the root that belong to imz.
+pub fn is_own(name: &[u8]) -> bool {
+    name == OWN_NAME || name == CONFLICTS_NAME
+}
+
+/// True for the errors of objects that take no attribute.
+fn carries_none(e: Errno) -> bool {
+    matches!(e, Errno::OPNOTSUPP | Errno::PERM)
+}
+
+fn no_xattrs(root: &Path, key: &[u8], source: Errno) -> TreeError {
+    let key = String::from_utf8_lossy(key).into_owned();
+    TreeError::NoXattrs { path: root.to_owned(), key, source }
+}
