@@ -5,10 +5,14 @@
 //!
 //!   modes > presto, net > lento, replica > kml > sys
 
+pub mod cli;
+pub mod modes;
+
 pub mod net;
 
 pub mod lento;
 pub mod replica;
 
 pub mod kml;
+
 pub mod sys;

@@ -1,5 +1,6 @@
-//! Net: the event loop, frames and connections. It carries out what lento's machines decide.
+//! The outside world: sockets, timers, and the effects of lento's decisions.
 
 pub mod conn;
+pub mod control;
 pub mod frame;
 pub mod poll;

@@ -18,7 +18,7 @@
 //! Little-endian. A granule is 1 MiB, doubled until a file has at most 16,384 of them: the value
 //! stays below 2.1 KiB, which every file system takes.
 
-use crate::kml::record::{Fid, Stamp};
+use crate::kml::record::{Fid, Range, Stamp};
 
 /// Smallest granule of hydration, bytes.
 pub const GRANULE_LEN_MIN: u64 = 1 << 20;
@@ -124,6 +124,27 @@ impl Meta {
         Some((start, (past * granule).min(self.base_size) - start))
     }
 
+    /// The ranges of a file of `size` bytes that are here, in ascending order.
+    pub fn present(&self, size: u64) -> Vec<Range> {
+        if self.complete {
+            return vec![Range { at: 0, len: size }];
+        }
+        let granule = self.granule_len();
+        let mut ranges: Vec<Range> = Vec::new();
+        for g in (0..self.base_size.div_ceil(granule)).filter(|g| self.has(*g)) {
+            let at = g * granule;
+            let len = granule.min(self.base_size - at);
+            match ranges.last_mut() {
+                Some(last) if last.at + last.len == at => last.len += len,
+                _ => ranges.push(Range { at, len }),
+            }
+        }
+        if size > self.base_size {
+            ranges.push(Range { at: self.base_size, len: size - self.base_size });
+        }
+        ranges
+    }
+
     /// Notes that `at..at + len` is here: every granule that lies wholly in it (the last one
     /// ends at the base size). Returns true when that completed the file.
     pub fn arrived(&mut self, at: u64, len: u64) -> bool {
@@ -208,6 +229,17 @@ mod tests {
         assert!(!meta.arrived(3 * MIB, 10));
         assert!(meta.arrived(MIB, 2 * MIB));
         assert_eq!(meta.missing(0, u64::MAX), None);
+    }
+
+    #[test]
+    fn what_is_present_is_told_in_ranges() {
+        let mut meta = Meta::stub(Fid(5), Stamp(1), 4 * MIB + 10);
+        meta.arrived(0, 2 * MIB);
+        meta.arrived(4 * MIB, 10);
+        let range = |at, len| Range { at, len };
+        let want = vec![range(0, 2 * MIB), range(4 * MIB, 10)];
+        assert_eq!(meta.present(4 * MIB + 10), want);
+        assert_eq!(meta.present(5 * MIB).last(), Some(&range(4 * MIB + 10, MIB - 10)));
     }
 
     #[test]

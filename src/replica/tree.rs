@@ -5,7 +5,8 @@
 //! such a descriptor. Nothing here follows a symbolic link or leaves the tree. Absent on purpose:
 //! a table of all objects in memory, and any knowledge of promises or servers.
 //!
-//! Locks: 256, by fid, taken together in ascending order ([`Tree::lock`]).
+//! Locks: by fid, for the entries of directories ([`Tree::lock`]) and for the objects themselves
+//! ([`Tree::lock_objects`]); entries first, each kind together in ascending order.
 
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -89,7 +90,8 @@ pub struct Tree {
     key: &'static [u8],
     pub index: Index,
     dirs: Mutex<LruCache<Fid, Arc<Dir>>>,
-    locks: Vec<Mutex<()>>,
+    names: Vec<Mutex<()>>,
+    objects: Vec<Mutex<()>>,
     /// false when the index may have forgotten something: a miss then walks the tree
     certain: AtomicBool,
     /// goes up when a directory moves: paths must be found anew
@@ -127,7 +129,8 @@ impl Tree {
             key,
             index,
             dirs: Mutex::new(LruCache::new(capacity)),
-            locks: (0..LOCKS).map(|_| Mutex::new(())).collect(),
+            names: (0..LOCKS).map(|_| Mutex::new(())).collect(),
+            objects: (0..LOCKS).map(|_| Mutex::new(())).collect(),
             certain: AtomicBool::new(clean && !anew),
             moves: AtomicU64::new(0),
         })
@@ -142,12 +145,14 @@ impl Tree {
         &self.root
     }
 
-    /// Locks some objects against other changes; the caller holds no other such lock.
-    pub fn lock(&self, fids: &[Fid]) -> Locked<'_> {
-        let mut slots: Vec<u64> = fids.iter().map(|f| f.0.wrapping_mul(31) % LOCKS).collect();
-        slots.sort_unstable();
-        slots.dedup();
-        Locked { _held: slots.into_iter().map(|s| held(&self.locks[s as usize])).collect() }
+    /// Locks the entries of directories. The caller holds no lock of the tree yet.
+    pub fn lock(&self, dirs: &[Fid]) -> Locked<'_> {
+        lock_of(&self.names, dirs)
+    }
+
+    /// Locks objects: their attributes and data. The caller holds no lock of objects yet.
+    pub fn lock_objects(&self, fids: &[Fid]) -> Locked<'_> {
+        lock_of(&self.objects, fids)
     }
 
     /// The directory with this fid, open.
@@ -209,15 +214,25 @@ impl Tree {
         Ok(dir)
     }
 
+    /// The directory, if it is open already.
+    pub fn cached_dir(&self, fid: Fid) -> Option<Arc<Dir>> {
+        if fid == ROOT { Some(self.root.clone()) } else { held(&self.dirs).get(&fid).cloned() }
+    }
+
     /// A place where the object stands, checked.
     pub fn place(&self, fid: Fid) -> Result<(Arc<Dir>, Name)> {
-        match self.find_place(fid) {
-            Err(TreeError::Gone(_)) if self.walk_once()? => self.find_place(fid),
+        self.find(fid).map(|(dir, name, _)| (dir, name))
+    }
+
+    /// A place where the object stands, checked, and what imz knows of it.
+    pub fn find(&self, fid: Fid) -> Result<(Arc<Dir>, Name, Meta)> {
+        match self.find_indexed(fid) {
+            Err(TreeError::Gone(_)) if self.walk_once()? => self.find_indexed(fid),
             found => found,
         }
     }
 
-    fn find_place(&self, fid: Fid) -> Result<(Arc<Dir>, Name)> {
+    fn find_indexed(&self, fid: Fid) -> Result<(Arc<Dir>, Name, Meta)> {
         for (parent, name) in self.index.names(fid)? {
             let dir = match self.dir(parent) {
                 Ok(dir) => dir,
@@ -225,7 +240,7 @@ impl Tree {
                 Err(e) => return Err(e),
             };
             match self.meta(&dir, &name) {
-                Ok(Some(meta)) if meta.fid == fid => return Ok((dir, name)),
+                Ok(Some(meta)) if meta.fid == fid => return Ok((dir, name, meta)),
                 Ok(_) | Err(TreeError::Os(Errno::NOENT)) => {}
                 Err(e) => return Err(e),
             }
@@ -298,8 +313,7 @@ impl Tree {
         if let Some(dir) = held(&self.dirs).peek(&fid).cloned() {
             return self.edit_dir(&dir, change);
         }
-        let (dir, name) = self.place(fid)?;
-        let mut meta = self.meta(&dir, &name)?.ok_or(TreeError::Gone(fid))?;
+        let (dir, name, mut meta) = self.find(fid)?;
         let before = meta.clone();
         change(&mut meta);
         if meta != before { self.set_meta(&dir, &name, &meta) } else { Ok(()) }
@@ -380,6 +394,13 @@ impl Tree {
     pub fn names(&self, fid: Fid) -> Result<Vec<At>> {
         Ok(self.index.names(fid)?)
     }
+}
+
+fn lock_of<'a>(locks: &'a [Mutex<()>], fids: &[Fid]) -> Locked<'a> {
+    let mut slots: Vec<u64> = fids.iter().map(|f| f.0 % LOCKS).collect();
+    slots.sort_unstable();
+    slots.dedup();
+    Locked { _held: slots.into_iter().map(|s| held(&locks[s as usize])).collect() }
 }
 
 /// True for the names at the root that belong to imz.

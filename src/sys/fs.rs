@@ -338,11 +338,40 @@ pub fn read_dir(dir: impl AsFd) -> Result<Vec<DirEntry>> {
     Ok(entries)
 }
 
+/// The file type bits of a directory's mode.
+pub const DIR_MODE: u32 = libc::S_IFDIR;
+
+/// Entries from `offset` on (0, or what `take` was given for an entry), `.` and `..` too, until
+/// `take` says false: `take(name, kind, offset after it)`.
+pub fn list_from(
+    dir: impl AsFd,
+    offset: i64,
+    mut take: impl FnMut(&[u8], Option<Kind>, i64) -> bool,
+) -> Result<()> {
+    let fd = rustix::fs::openat(dir, ".", oflags(o::DIRECTORY), Mode::empty())?;
+    if offset != 0 {
+        rustix::fs::seek(&fd, rustix::fs::SeekFrom::Start(offset as u64))?;
+    }
+    let mut buffer = [MaybeUninit::uninit(); 16 << 10];
+    let mut raw = RawDir::new(fd, &mut buffer);
+    while let Some(entry) = raw.next() {
+        let entry = entry?;
+        let kind = match entry.file_type() {
+            FileType::Unknown => None,
+            known => Some(Kind::of(known.as_raw_mode())),
+        };
+        if !take(entry.file_name().to_bytes(), kind, entry.next_entry_cookie() as i64) {
+            break;
+        }
+    }
+    Ok(())
+}
+
 /// Total and free room, as statvfs has it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Space {
     /// bytes
-    pub block_len: u64,
+    pub block_len: u32,
     pub blocks: u64,
     pub blocks_free: u64,
     pub blocks_available: u64,
@@ -353,7 +382,7 @@ pub struct Space {
 pub fn space(fd: impl AsFd) -> Result<Space> {
     let v = rustix::fs::fstatvfs(fd)?;
     Ok(Space {
-        block_len: v.f_frsize,
+        block_len: v.f_frsize as u32,
         blocks: v.f_blocks,
         blocks_free: v.f_bfree,
         blocks_available: v.f_bavail,

@@ -1,0 +1,84 @@
+# Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
+function __fish_imz_global_optspecs
+    string join \n v/verbose h/help V/version
+end
+
+function __fish_imz_needs_command
+    # Figure out if the current invocation already has a command.
+    set -l cmd (commandline -opc)
+    set -e cmd[1]
+    argparse -s (__fish_imz_global_optspecs) -- $cmd 2>/dev/null
+    or return
+    if set -q argv[1]
+        # Also print the command, so this can be used to figure out what it is.
+        echo $argv[1]
+        return 1
+    end
+    return 0
+end
+
+function __fish_imz_using_subcommand
+    set -l cmd (__fish_imz_needs_command)
+    test -z "$cmd"
+    and return 1
+    contains -- $cmd[1] $argv
+end
+
+complete -c imz -n "__fish_imz_needs_command" -s v -l verbose -d 'Say more on standard error; twice for debugging, three times for a trace'
+complete -c imz -n "__fish_imz_needs_command" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c imz -n "__fish_imz_needs_command" -s V -l version -d 'Print version'
+complete -c imz -n "__fish_imz_needs_command" -f -a "serve" -d 'Serve directories to clients'
+complete -c imz -n "__fish_imz_needs_command" -f -a "mount" -d 'Mount a volume, or put a write-back cache before a directory'
+complete -c imz -n "__fish_imz_needs_command" -f -a "umount" -d 'Ship what is pending, then unmount'
+complete -c imz -n "__fish_imz_needs_command" -f -a "sync" -d 'Wait until all that was done in a mount is at the server'
+complete -c imz -n "__fish_imz_needs_command" -f -a "status" -d 'Say how mounts are doing: connection, pending changes, cache'
+complete -c imz -n "__fish_imz_needs_command" -f -a "kml" -d 'Look into journals (KML)'
+complete -c imz -n "__fish_imz_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c imz -n "__fish_imz_using_subcommand serve" -l listen -d 'The address and port to listen on' -r
+complete -c imz -n "__fish_imz_using_subcommand serve" -l state -d 'Where imz keeps its own state of the volume: journal, index, lock' -r -F
+complete -c imz -n "__fish_imz_using_subcommand serve" -s v -l verbose -d 'Say more on standard error; twice for debugging, three times for a trace'
+complete -c imz -n "__fish_imz_using_subcommand serve" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c imz -n "__fish_imz_using_subcommand serve" -s V -l version -d 'Print version'
+complete -c imz -n "__fish_imz_using_subcommand mount" -s o -d 'Mount options, separated by commas; see below' -r
+complete -c imz -n "__fish_imz_using_subcommand mount" -l cache -d 'Where the cache is: the files, and the journal of what is not yet at the server' -r -F
+complete -c imz -n "__fish_imz_using_subcommand mount" -s f -l foreground -d 'Stay in the foreground, with messages on standard error'
+complete -c imz -n "__fish_imz_using_subcommand mount" -s v -l verbose -d 'Say more on standard error; twice for debugging, three times for a trace'
+complete -c imz -n "__fish_imz_using_subcommand mount" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c imz -n "__fish_imz_using_subcommand mount" -s V -l version -d 'Print version'
+complete -c imz -n "__fish_imz_using_subcommand umount" -l timeout -d 'Give up if not all is shipped by then, and leave the mount as it is' -r
+complete -c imz -n "__fish_imz_using_subcommand umount" -l now -d 'Do not wait for the server: the cache keeps what is pending, and its next mount ships it'
+complete -c imz -n "__fish_imz_using_subcommand umount" -s v -l verbose -d 'Say more on standard error; twice for debugging, three times for a trace'
+complete -c imz -n "__fish_imz_using_subcommand umount" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c imz -n "__fish_imz_using_subcommand umount" -s V -l version -d 'Print version'
+complete -c imz -n "__fish_imz_using_subcommand sync" -l timeout -d 'Give up if not all is shipped by then' -r
+complete -c imz -n "__fish_imz_using_subcommand sync" -s v -l verbose -d 'Say more on standard error; twice for debugging, three times for a trace'
+complete -c imz -n "__fish_imz_using_subcommand sync" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c imz -n "__fish_imz_using_subcommand sync" -s V -l version -d 'Print version'
+complete -c imz -n "__fish_imz_using_subcommand status" -l json -d 'One JSON object for a named mount, an array of them otherwise'
+complete -c imz -n "__fish_imz_using_subcommand status" -s v -l verbose -d 'Say more on standard error; twice for debugging, three times for a trace'
+complete -c imz -n "__fish_imz_using_subcommand status" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c imz -n "__fish_imz_using_subcommand status" -s V -l version -d 'Print version'
+complete -c imz -n "__fish_imz_using_subcommand kml; and not __fish_seen_subcommand_from dump help" -s v -l verbose -d 'Say more on standard error; twice for debugging, three times for a trace'
+complete -c imz -n "__fish_imz_using_subcommand kml; and not __fish_seen_subcommand_from dump help" -s h -l help -d 'Print help'
+complete -c imz -n "__fish_imz_using_subcommand kml; and not __fish_seen_subcommand_from dump help" -s V -l version -d 'Print version'
+complete -c imz -n "__fish_imz_using_subcommand kml; and not __fish_seen_subcommand_from dump help" -f -a "dump" -d 'Print a journal, one line a record'
+complete -c imz -n "__fish_imz_using_subcommand kml; and not __fish_seen_subcommand_from dump help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c imz -n "__fish_imz_using_subcommand kml; and __fish_seen_subcommand_from dump" -l from -d 'Start at a seq, or at a time like 2026-11-21T10:00:00Z (UTC)' -r
+complete -c imz -n "__fish_imz_using_subcommand kml; and __fish_seen_subcommand_from dump" -l to -d 'End with a seq, or with a time' -r
+complete -c imz -n "__fish_imz_using_subcommand kml; and __fish_seen_subcommand_from dump" -l path -d 'Only records of this path, or of what is below it' -r
+complete -c imz -n "__fish_imz_using_subcommand kml; and __fish_seen_subcommand_from dump" -l json -d 'One JSON object a line'
+complete -c imz -n "__fish_imz_using_subcommand kml; and __fish_seen_subcommand_from dump" -l follow -d 'Go on with what is written from now on, until interrupted'
+complete -c imz -n "__fish_imz_using_subcommand kml; and __fish_seen_subcommand_from dump" -l reverse -d 'Newest first'
+complete -c imz -n "__fish_imz_using_subcommand kml; and __fish_seen_subcommand_from dump" -s v -l verbose -d 'Say more on standard error; twice for debugging, three times for a trace'
+complete -c imz -n "__fish_imz_using_subcommand kml; and __fish_seen_subcommand_from dump" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c imz -n "__fish_imz_using_subcommand kml; and __fish_seen_subcommand_from dump" -s V -l version -d 'Print version'
+complete -c imz -n "__fish_imz_using_subcommand kml; and __fish_seen_subcommand_from help" -f -a "dump" -d 'Print a journal, one line a record'
+complete -c imz -n "__fish_imz_using_subcommand kml; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c imz -n "__fish_imz_using_subcommand help; and not __fish_seen_subcommand_from serve mount umount sync status kml help" -f -a "serve" -d 'Serve directories to clients'
+complete -c imz -n "__fish_imz_using_subcommand help; and not __fish_seen_subcommand_from serve mount umount sync status kml help" -f -a "mount" -d 'Mount a volume, or put a write-back cache before a directory'
+complete -c imz -n "__fish_imz_using_subcommand help; and not __fish_seen_subcommand_from serve mount umount sync status kml help" -f -a "umount" -d 'Ship what is pending, then unmount'
+complete -c imz -n "__fish_imz_using_subcommand help; and not __fish_seen_subcommand_from serve mount umount sync status kml help" -f -a "sync" -d 'Wait until all that was done in a mount is at the server'
+complete -c imz -n "__fish_imz_using_subcommand help; and not __fish_seen_subcommand_from serve mount umount sync status kml help" -f -a "status" -d 'Say how mounts are doing: connection, pending changes, cache'
+complete -c imz -n "__fish_imz_using_subcommand help; and not __fish_seen_subcommand_from serve mount umount sync status kml help" -f -a "kml" -d 'Look into journals (KML)'
+complete -c imz -n "__fish_imz_using_subcommand help; and not __fish_seen_subcommand_from serve mount umount sync status kml help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c imz -n "__fish_imz_using_subcommand help; and __fish_seen_subcommand_from kml" -f -a "dump" -d 'Print a journal, one line a record'

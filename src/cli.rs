@@ -1,0 +1,387 @@
+//! The command line: clap definitions, and nothing else.
+//!
+//! The doc comments here are the documentation of the commands: `--help`, man/ and completions/
+//! are made from them, and tests/cli.rs holds those files to this one. The values with a grammar
+//! of their own (SOURCE, `-o`, durations) are in [`options`].
+//!
+//! Absent on purpose: any look at the file system, the network or the clock. What can be said
+//! about an argument from its text alone is said here, with exit code 2; all else is the modes'.
+//!
+//! Source: ripgrep and fd, whose help, man pages and completions are one text.
+
+pub mod options;
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+use options::{Export, MountOption, MountOptions, Point, Source};
+
+/// The exit codes, as the help and the man pages give them; src/modes/mod.rs maps to them.
+pub const EXIT_CODES: &str = "\
+Exit codes:
+  0  success
+  1  failure that has no code of its own
+  2  usage: an argument is missing, unknown or malformed
+  3  the server cannot be reached
+  4  refused: in use, busy, or a cache that belongs to another volume
+  5  not found: the volume, the mount or the directory
+  6  data is damaged: a journal does not verify
+  7  no room, or a file system that cannot carry imz (no extended attributes)";
+
+/// A distributed file system at local-disk speed
+///
+/// imz serves a directory of ordinary files (imz serve) and mounts it on other machines (imz
+/// mount) over a local cache, which is a directory of ordinary files too. Every operation runs on
+/// the local disk first, is written to a journal, and is shipped to the server in the background:
+/// work goes at local speed, goes on while the server is away, and what was done meanwhile is
+/// shipped when it is back.
+///
+/// The environment variables XDG_RUNTIME_DIR (control sockets) and XDG_STATE_HOME (caches) are
+/// honoured for users other than root.
+#[derive(Parser, Debug)]
+#[command(name = "imz", version, propagate_version = true, arg_required_else_help = true)]
+#[command(after_long_help = EXIT_CODES)]
+pub struct Cli {
+    /// Say more on standard error; twice for debugging, three times for a trace
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    Serve(ServeArgs),
+    Mount(MountArgs),
+    Umount(UmountArgs),
+    Sync(SyncArgs),
+    Status(StatusArgs),
+    Kml(KmlArgs),
+}
+
+impl Command {
+    /// The word that was typed, for messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Command::Serve(_) => "serve",
+            Command::Mount(_) => "mount",
+            Command::Umount(_) => "umount",
+            Command::Sync(_) => "sync",
+            Command::Status(_) => "status",
+            Command::Kml(_) => "kml",
+        }
+    }
+}
+
+/// Serve directories to clients
+///
+/// Serves each directory as a volume, as it is and at once: there is no import and no scan. Stays
+/// in the foreground, says when it is ready (to systemd as well, by sd_notify), and ends on SIGTERM
+/// or SIGINT with everything that it acknowledged on disk.
+///
+/// The directory's file system must carry extended attributes. The files stay ordinary files: take
+/// imz away, and they are all still there.
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  Serve one directory on this machine's port 7070:
+      imz serve /srv/projects
+  Serve two volumes, with their state on another disk:
+      imz serve src=/srv/src doc=/srv/doc --state /var/lib/imz-server
+  Use it from another machine, through ssh:
+      ssh -N -L 7070:127.0.0.1:7070 fileserver &
+      imz mount localhost:/projects /mnt/projects
+
+See imz(1) for the exit codes.")]
+pub struct ServeArgs {
+    /// The directories to serve, each as DIR or NAME=DIR
+    ///
+    /// A plain DIR becomes a volume named after the directory's last component. When there is just
+    /// one volume, clients may leave its name out (HOST:/). A directory with an equals sign in its
+    /// name is written with a slash before it: ./a=b.
+    #[arg(required = true, value_name = "[NAME=]DIR")]
+    #[arg(value_parser = OsStringValueParser::new().try_map(|text| Export::parse(&text)))]
+    pub exports: Vec<Export>,
+    /// The address and port to listen on
+    ///
+    /// Loopback only: this version has no keys yet, so whoever reaches the port may read and write
+    /// everything. Reach it from other machines through ssh -L. IPv6 addresses stand in brackets.
+    /// Port 0 takes a free one and says which.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:7070")]
+    #[arg(value_parser = options::listen)]
+    pub listen: SocketAddr,
+    /// Where imz keeps its own state of the volume: journal, index, lock
+    ///
+    /// By default .imz in the served directory, which clients do not see. With several volumes each
+    /// has a directory of its name below DIR.
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+}
+
+/// Mount a volume, or put a write-back cache before a directory
+///
+/// Returns when the mount is usable, and goes on in the background. Everything that is done in the
+/// mount is done in the local cache and written to the journal first, and shipped to the server
+/// soon after. While the server is away, what is in the cache can be read and written; it is
+/// shipped when the server is back. SIGTERM, umount(8) and a crash lose nothing: the next mount of
+/// the same cache goes on shipping. imz umount ships first.
+///
+/// Needs /dev/fuse, and fusermount3 when not run as root. As root, reads and writes of cached files
+/// do not pass through the daemon at all.
+///
+/// With a link named mount.imz in /sbin that leads to imz, mount(8) and fstab(5) know the file
+/// system type imz.
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Mount options:
+  ro, rw             read-only or not (default rw)
+  sync, async        fsync waits for the server, too (default async: for the local disk)
+  allow_other        let other users in; if not root, /etc/fuse.conf must say user_allow_other
+  cache=DIR          as --cache
+  age=DURATION       how long a change ages before it is shipped, so that short-lived files stay
+                     here (default 1s; 0 ships at once)
+  timeout=DURATION   how long the server may be silent before it counts as away (default 10s)
+  passthrough=auto   data of cached files goes past the daemon where the kernel allows it (default)
+  passthrough=off    all data goes through the daemon
+  suid, nosuid, dev, nodev, exec, noexec, atime, noatime
+                     as in mount(8)
+  defaults, auto, noauto, user, users, nofail, _netdev, relatime, x-* and the like
+                     accepted, and left to mount(8)
+
+Durations are numbers with a unit: 500ms, 2s, 1min, 1h; a plain number is seconds.
+
+Examples:
+  Mount a volume of a server:
+      imz mount fileserver:/projects /mnt/projects
+  A fast local cache before a slow disk, in one process:
+      imz mount ./some/dir /some/mountpoint
+  A line of /etc/fstab:
+      localhost:7070:/projects  /mnt/projects  imz  allow_other,noauto,_netdev  0  0
+
+See imz(1) for the exit codes.")]
+pub struct MountArgs {
+    /// What to mount: HOST[:PORT]:/VOLUME, or a directory
+    ///
+    /// HOST is a name, an IPv4 address, or an IPv6 address in brackets; PORT is 7070 if not given;
+    /// HOST:/ is the server's only volume. Anything else is a directory on this machine, which this
+    /// same process then serves to this mount alone. A directory with a colon in its name is
+    /// written with a slash before it: ./a:b.
+    #[arg(value_name = "SOURCE")]
+    #[arg(value_parser = OsStringValueParser::new().try_map(|text| Source::parse(&text)))]
+    pub source: Source,
+    /// An existing directory, over which the volume appears
+    #[arg(value_name = "MOUNTPOINT")]
+    pub mountpoint: PathBuf,
+    /// Mount options, separated by commas; see below
+    #[arg(short = 'o', value_name = "OPT[=VALUE],...", value_delimiter = ',')]
+    #[arg(value_parser = OsStringValueParser::new().try_map(|text| MountOption::parse(&text)))]
+    pub options: Vec<MountOption>,
+    /// Where the cache is: the files, and the journal of what is not yet at the server
+    ///
+    /// Never delete it while imz status says that records are pending. By default a directory
+    /// named after SOURCE in /var/lib/imz (root), or in $XDG_STATE_HOME/imz or ~/.local/state/imz.
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// Stay in the foreground, with messages on standard error
+    #[arg(short, long)]
+    pub foreground: bool,
+}
+
+impl MountArgs {
+    /// All of `-o` and `--cache` together. The later of two options that contradict each other
+    /// wins; `--cache` wins over `-o cache=`.
+    pub fn settings(&self) -> MountOptions {
+        let mut settings = MountOptions::collect(&self.options);
+        if self.cache.is_some() {
+            settings.cache.clone_from(&self.cache);
+        }
+        settings
+    }
+}
+
+/// How mount(8) calls us when we are named mount.imz; `-f` and `-s` have its meanings here.
+#[derive(Parser, Debug)]
+#[command(name = "mount.imz", version)]
+pub struct MountHelper {
+    #[arg(value_name = "SOURCE")]
+    #[arg(value_parser = OsStringValueParser::new().try_map(|text| Source::parse(&text)))]
+    pub source: Source,
+    #[arg(value_name = "DIR")]
+    pub mountpoint: PathBuf,
+    /// Options, separated by commas
+    #[arg(short = 'o', value_name = "OPTS", value_delimiter = ',')]
+    pub options: Vec<OsString>,
+    /// Pretend: check the arguments, mount nothing
+    #[arg(short)]
+    pub fake: bool,
+    /// Let unknown options pass
+    #[arg(short)]
+    pub sloppy: bool,
+    /// No entry in mtab: there is none anyway
+    #[arg(short)]
+    pub no_mtab: bool,
+    #[arg(short, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// Type and subtype; always ours
+    #[arg(short, value_name = "TYPE")]
+    pub type_name: Option<OsString>,
+}
+
+impl MountHelper {
+    /// The same as `imz mount` has it.
+    ///
+    /// # Errors
+    /// An option that nobody knows, unless `-s` was given.
+    pub fn into_args(self) -> Result<MountArgs, options::BadValue> {
+        let parsed = self.options.iter().map(|text| MountOption::parse(text));
+        let options = if self.sloppy {
+            parsed.filter_map(Result::ok).collect()
+        } else {
+            parsed.collect::<Result<Vec<_>, _>>()?
+        };
+        let (source, mountpoint) = (self.source, self.mountpoint);
+        Ok(MountArgs { source, mountpoint, options, cache: None, foreground: false })
+    }
+}
+
+/// Ship what is pending, then unmount
+///
+/// Waits, with a progress bar on a terminal, until the server has acknowledged everything that was
+/// done in the mount so far; then unmounts, and returns when the mount's process has ended. When
+/// the server is away, nothing is unmounted and the exit code is 3. A mount whose process has died
+/// is cleaned up; what its cache holds is shipped by the next mount of it.
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  Unmount with everything at the server:
+      imz umount /mnt/projects
+  The server is away, and the laptop must go:
+      imz umount --now /mnt/projects
+
+See imz(1) for the exit codes.")]
+pub struct UmountArgs {
+    #[arg(value_name = "MOUNTPOINT")]
+    pub mountpoint: PathBuf,
+    /// Give up if not all is shipped by then, and leave the mount as it is
+    ///
+    /// Without it imz waits as long as the server can be reached, and gives up when the server has
+    /// been away for 10 s. Durations are 500ms, 2s, 1min; a plain number is seconds.
+    #[arg(long, value_name = "DURATION", value_parser = options::duration)]
+    pub timeout: Option<Duration>,
+    /// Do not wait for the server: the cache keeps what is pending, and its next mount ships it
+    #[arg(long, conflicts_with = "timeout")]
+    pub now: bool,
+}
+
+/// Wait until all that was done in a mount is at the server
+///
+/// Returns when the server has acknowledged, durably, every change that was made in the mount
+/// before the command was given. Shows a progress bar on a terminal. Interrupting it stops the
+/// waiting, not the shipping.
+#[derive(Args, Debug)]
+#[command(after_long_help = "See imz(1) for the exit codes; 3 says that the server is away.")]
+pub struct SyncArgs {
+    #[arg(value_name = "MOUNTPOINT")]
+    pub mountpoint: PathBuf,
+    /// Give up if not all is shipped by then
+    ///
+    /// Without it imz waits as long as the server can be reached, and gives up when the server has
+    /// been away for 10 s. Durations are 500ms, 2s, 1min; a plain number is seconds.
+    #[arg(long, value_name = "DURATION", value_parser = options::duration)]
+    pub timeout: Option<Duration>,
+}
+
+/// Say how mounts are doing: connection, pending changes, cache
+///
+/// Asks the process behind the mount over its control socket, and never touches the mount itself,
+/// so it answers within 2 s even if the mount hangs. Without MOUNTPOINT it lists every mount and
+/// server of this user.
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Keys of --json:
+  mount, server, volume            where it is mounted, and what
+  connected, since                 whether the server is there, and from when on (RFC 3339)
+  pending_records, pending_bytes   what the server has not acknowledged yet
+  oldest_pending_seconds           age of the oldest such record
+  rate_bytes_per_second            speed of shipping, lately
+  cache, cache_clean_bytes, cache_dirty_bytes
+                                   the cache directory; data that could be fetched again, and
+                                   data that is nowhere else
+  conflicts                        versions kept aside, waiting for a decision
+  journal_bytes                    size of the journal on disk
+  requests_foreground              operations that wait for the server at this moment
+  passthrough                      whether data goes past the daemon
+  pid, version                     of the process
+  last_error                       the last trouble, or null
+All sizes are bytes. A mount that does not answer has just mount and error.
+
+See imz(1) for the exit codes.")]
+pub struct StatusArgs {
+    #[arg(value_name = "MOUNTPOINT")]
+    pub mountpoint: Option<PathBuf>,
+    /// One JSON object for a named mount, an array of them otherwise
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Look into journals (KML)
+#[derive(Args, Debug)]
+#[command(arg_required_else_help = true)]
+pub struct KmlArgs {
+    #[command(subcommand)]
+    pub command: KmlCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum KmlCommand {
+    Dump(DumpArgs),
+}
+
+/// Print a journal, one line a record
+///
+/// Prints seq, time, kind, path, what changed, and the outcome. Reads the journal of a running
+/// mount or server without disturbing it. A damaged journal is printed as far as it goes; then the
+/// command says where and why it stopped, with exit code 6. The format is described in imz-kml(5).
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  What is going on in a mount, as it happens:
+      imz kml dump --follow /mnt/projects
+  The ten newest changes of a served directory:
+      imz kml dump --reverse /srv/projects | head
+  Who removed it, as JSON:
+      imz kml dump --json --path doc/plan.txt /srv/projects
+
+See imz(1) for the exit codes.")]
+pub struct DumpArgs {
+    /// A segment file, a directory with a journal in it, or a mount point
+    ///
+    /// A directory may be the journal itself, a cache, or a served directory.
+    #[arg(value_name = "FILE|DIR|MOUNT")]
+    pub path: PathBuf,
+    /// One JSON object a line
+    #[arg(long)]
+    pub json: bool,
+    /// Go on with what is written from now on, until interrupted
+    #[arg(long, conflicts_with_all = ["reverse", "to"])]
+    pub follow: bool,
+    /// Newest first
+    #[arg(long)]
+    pub reverse: bool,
+    /// Start at a seq, or at a time like 2026-11-21T10:00:00Z (UTC)
+    #[arg(long, value_name = "SEQ|TIME", value_parser = Point::parse)]
+    pub from: Option<Point>,
+    /// End with a seq, or with a time
+    #[arg(long, value_name = "SEQ|TIME", value_parser = Point::parse)]
+    pub to: Option<Point>,
+    /// Only records of this path, or of what is below it
+    ///
+    /// As it stands in the volume, from its root, without a leading slash.
+    #[arg(long = "path", value_name = "PATH")]
+    pub only: Option<OsString>,
+}

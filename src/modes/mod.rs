@@ -1,0 +1,111 @@
+//! One file per subcommand: wiring only. Modes never name each other; what two of them need is
+//! here, in [`place`] (which mount is meant) and in [`ship`] (wait until all is at the server).
+//!
+//! The exit codes are decided in one function, [`exit_code`]. A mode returns an error whose chain
+//! tells the story from the outside in, and names a code with [`Failure`] where there is one.
+
+pub mod kml;
+pub mod mount;
+pub mod place;
+pub mod serve;
+pub mod ship;
+pub mod status;
+pub mod sync;
+pub mod umount;
+
+use std::fmt;
+use std::io::{self, Write};
+
+/// The exit codes other than 0, as `imz --help` explains them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Exit {
+    Failure = 1,
+    /// the arguments; clap exits with it as well
+    Usage = 2,
+    /// the server is away
+    Unreachable = 3,
+    /// in use, busy, another volume's
+    Refused = 4,
+    /// no such volume, mount or directory
+    NotFound = 5,
+    /// a journal does not verify
+    Damaged = 6,
+    /// no room, or a file system that cannot carry imz
+    NoRoom = 7,
+}
+
+/// What failed, what to do about it, and the exit code that says so. An error by itself, or the
+/// context of one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Failure {
+    pub exit: Exit,
+    pub what: String,
+}
+
+impl Failure {
+    pub fn new(exit: Exit, what: impl Into<String>) -> Failure {
+        Failure { exit, what: what.into() }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// `Err` of a [`Failure`], for returning.
+///
+/// # Errors
+/// Always.
+pub fn fail<T>(exit: Exit, what: impl Into<String>) -> anyhow::Result<T> {
+    Err(Failure::new(exit, what).into())
+}
+
+/// The exit code of an error: its outermost [`Failure`]'s, or what its I/O error means.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    if let Some(failure) = error.downcast_ref::<Failure>() {
+        return failure.exit as u8;
+    }
+    let kind = error.chain().find_map(|it| Some(it.downcast_ref::<io::Error>()?.kind()));
+    let exit = match kind {
+        Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => Exit::NoRoom,
+        _ => Exit::Failure,
+    };
+    exit as u8
+}
+
+/// Prints to standard output; a reader that went away (`| head`) is no failure.
+///
+/// # Errors
+/// Standard output cannot be written.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        done => done,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn a_failure_keeps_its_code_through_the_chain() {
+        let deep = fail::<()>(Exit::Unreachable, "h is away").context("/mnt/x").unwrap_err();
+        assert_eq!(exit_code(&deep), 3);
+        assert_eq!(format!("{deep:#}"), "/mnt/x: h is away");
+        let io = io::Error::from(io::ErrorKind::StorageFull);
+        let as_context = anyhow::Error::from(io).context(Failure::new(Exit::Refused, "busy"));
+        assert_eq!(exit_code(&as_context), 4);
+        let full = anyhow::Error::from(io::Error::from(io::ErrorKind::StorageFull)).context("x");
+        assert_eq!(exit_code(&full), 7);
+        assert_eq!(exit_code(&anyhow::anyhow!("what")), 1);
+    }
+}
