@@ -4,8 +4,15 @@
 //! extended attribute on the object itself; the index from fid to name can be rebuilt from the
 //! tree at any time. There is no database of truth.
 
+pub mod apply;
+mod certify;
+mod conflict;
 pub mod index;
 pub mod meta;
+mod nodes;
 pub mod ops;
+mod redo;
+mod spool;
 pub mod state;
 pub mod tree;
+pub mod volume;
