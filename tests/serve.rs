@@ -1,5 +1,7 @@
 //! `imz serve` for real: a process, a port, and a client that speaks the protocol by hand.
 
+#![allow(clippy::unwrap_used)] // tests: it is the message
+
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};

@@ -30,6 +30,8 @@ use crate::replica::volume::{self, SyncJob, Volume, VolumeError};
 const STOP_MAX: Duration = Duration::from_secs(2);
 /// Pause after a connection could not be accepted (out of descriptors, most likely).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// A sync is followed by a pause as long as itself, but no longer than this.
+const SYNC_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How often the figures for people are brought up to date.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 const TOKEN_LISTENER: Token = Token(0);
@@ -463,7 +465,7 @@ impl Server {
                     self.drop_conn(conn);
                 }
                 Effect::Meet { conn, volume, hello } => {
-                    match self.volumes[volume].meet(hello.incarnation, &hello.host) {
+                    match self.volumes[volume].meet(hello.incarnation, hello.node, &hello.host) {
                         Ok((node, acked)) => self.machine.on_met(conn, node, acked, now),
                         Err(e) => {
                             let failed = answer::failure(&e);
@@ -551,10 +553,13 @@ fn syncer(
     waker: &Waker,
 ) {
     for (volume, job) in jobs {
+        let begun = Instant::now();
         if done.send((volume, job.run())).is_err() {
             return;
         }
         waker.wake();
+        // the disk is for readers, too; and the next sync covers more
+        std::thread::sleep(begun.elapsed().min(SYNC_PAUSE_MAX));
     }
 }
 
