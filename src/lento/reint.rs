@@ -6,10 +6,10 @@
 //! Several batches share a sync: one is under way at a time, and covers all that was applied
 //! when it began.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::time::Instant;
 
-use crate::kml::record::{Fid, Seq, Stamp};
+use crate::kml::record::{Fid, Op, Over, Seq, Stamp};
 
 use super::intake::{Arrival, Change, Content, Fetch, Key, Piece};
 use super::message::{Acked, Code, Data, Failed, Read, Stamped};
@@ -57,6 +57,8 @@ pub(super) struct Batch {
     fetches: Vec<Fetch>,
     /// objects that its records name
     touched: Vec<Fid>,
+    /// of these, what lost its last name
+    gone: HashSet<Fid>,
     stage: Stage,
     /// breaks that are not answered
     waiting: usize,
@@ -150,6 +152,7 @@ impl Server {
         let mut touched: Vec<Fid> = changes.iter().flat_map(|c| c.record.op.touched()).collect();
         touched.sort_unstable();
         touched.dedup();
+        let gone = changes.iter().filter_map(|change| removed(&change.record.op)).collect();
         let fetches = changes.iter().filter_map(|change| Fetch::of(node, change));
         let parked = &mut self.volumes[volume].parked;
         let fetches = fetches.map(|fetch| parked.take(fetch)).collect();
@@ -161,6 +164,7 @@ impl Server {
             changes,
             fetches,
             touched,
+            gone,
             stage: Stage::Fetching,
             waiting: 0,
             synced: false,
@@ -322,7 +326,8 @@ impl Server {
             batch.stage = Stage::Settling(no);
             batch.waiting = count;
             batch.applied = Applied { upto: applied.upto.max(batch.after), ..applied };
-            for fid in touched {
+            let gone = std::mem::take(&mut batch.gone);
+            for fid in touched.into_iter().filter(|fid| !gone.contains(fid)) {
                 // what it changed, it has in its cache
                 self.volumes[volume].promises.give(conn, fid);
             }
@@ -435,6 +440,16 @@ impl Server {
     fn author(&self, ticket: Ticket) -> Option<ConnId> {
         let has = |peer: &Peer| peer.batches.iter().any(|batch| batch.ticket == ticket);
         self.peers.iter().find(|(_, peer)| has(peer)).map(|(conn, _)| *conn)
+    }
+}
+
+/// The object that loses its last name.
+fn removed(op: &Op) -> Option<Fid> {
+    match op {
+        Op::Unlink { gone, .. } if gone.attr.nlink <= 1 => Some(gone.fid),
+        Op::Rmdir { gone, .. } => Some(gone.fid),
+        Op::Rename { over: Over::Replaced(gone), .. } if gone.attr.nlink <= 1 => Some(gone.fid),
+        _ => None,
     }
 }
 

@@ -319,6 +319,10 @@ impl Server {
         }
     }
 
+    /// A batch came that its owner could not take apart.
+    pub fn on_garbage(&mut self, conn: ConnId, what: &str, now: Instant) {
+        self.close(conn, Why::BadBatch(what.to_owned()), now);
+    }
     fn on_hello(&mut self, conn: ConnId, hello: Hello, now: Instant) {
         let named = match (&hello.volume[..], &self.volumes[..]) {
             ("", [_]) => Some(0),

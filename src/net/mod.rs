@@ -1,6 +1,8 @@
 //! The outside world: sockets, timers, and the effects of lento's decisions.
 
+pub mod answer;
 pub mod conn;
 pub mod control;
 pub mod frame;
 pub mod poll;
+pub mod server;

@@ -196,7 +196,9 @@ impl Volume {
         match done {
             Ok(()) => {
                 self.nodes.note(record.origin.node, record.origin.seq, true);
-                out.stamps.extend(record.op.touched().map(|fid| (fid, stamp)));
+                let is_there =
+                    |fid: &Fid| *fid == ROOT || self.tree.names(*fid).is_ok_and(|n| !n.is_empty());
+                out.stamps.extend(record.op.touched().filter(is_there).map(|fid| (fid, stamp)));
                 Ok(())
             }
             Err(VolumeError::Os(e)) if is_final(e) => {

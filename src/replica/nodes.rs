@@ -15,6 +15,8 @@ use super::state::{StateError, hex};
 use crate::kml::record::{Fid, NODE_MAX, Seq};
 
 const FILE: &str = "nodes.json";
+/// How far beyond the numbers that were given a client's claim is believed.
+const CLAIM_AHEAD_MAX: u32 = 65536;
 
 /// The file's contents.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug, Default)]
@@ -90,18 +92,27 @@ impl Nodes {
     pub fn as_of(&self) -> Seq {
         Seq(self.table.as_of)
     }
-    /// The number of an incarnation, and how much of its journal is kept; a new one gets a number.
-    /// Durable on return: yes.
+    /// The number of an incarnation, and how much of its journal is kept; a new one gets a number:
+    /// the one it says that it has (`claimed`, 0 for none), if nobody has that, for this table may
+    /// have been lost. Durable on return: yes.
     ///
     /// # Errors
     /// The file cannot be written, or there are no numbers left.
-    pub fn meet(&mut self, incarnation: u128, host: &str) -> Result<(u32, Seq), StateError> {
+    pub fn meet(
+        &mut self,
+        incarnation: u128,
+        claimed: u32,
+        host: &str,
+    ) -> Result<(u32, Seq), StateError> {
         let key = hex(incarnation);
         if let Some(at) = self.by_incarnation.get(&key) {
             let number = self.table.nodes[*at].number;
             return Ok((number, self.kept.get(&number).copied().unwrap_or_default()));
         }
-        let number = self.table.node_next;
+        let next = self.table.node_next;
+        let plausible = (1..next.saturating_add(CLAIM_AHEAD_MAX)).contains(&claimed);
+        let free = plausible && !self.by_number.contains_key(&claimed);
+        let number = if free { claimed } else { next };
         if number > NODE_MAX {
             let what = "all numbers of clients are given away".to_owned();
             return Err(StateError::Damaged { path: self.path.clone(), what });
@@ -109,7 +120,7 @@ impl Nodes {
         let host = host.to_owned();
         let node = Node { number, incarnation: key.clone(), host, ..Node::default() };
         let mut table = self.table.clone();
-        table.node_next += 1;
+        table.node_next = next.max(number + 1);
         table.nodes.push(node);
         self.write(&table)?;
         self.table = table;
@@ -208,20 +219,23 @@ mod tests {
     fn a_number_stands_for_one_incarnation_for_ever() {
         let dir = tempfile::tempdir().unwrap();
         let mut nodes = Nodes::open(dir.path()).unwrap();
-        assert_eq!(nodes.meet(77, "a").unwrap(), (1, Seq(0)));
-        assert_eq!(nodes.meet(78, "b").unwrap(), (2, Seq(0)));
+        assert_eq!(nodes.meet(77, 0, "a").unwrap(), (1, Seq(0)));
+        assert_eq!(nodes.meet(78, 0, "b").unwrap(), (2, Seq(0)));
         nodes.note(1, Seq(9), true);
         nodes.note(1, Seq(12), false);
         nodes.add_alias(1, Fid(5), Fid(6));
-        assert_eq!(nodes.meet(77, "a").unwrap(), (1, Seq(0)), "applied, but not durable");
+        assert_eq!(nodes.meet(77, 0, "a").unwrap(), (1, Seq(0)), "applied, but not durable");
         nodes.keep(nodes.marks());
-        assert_eq!(nodes.meet(77, "a").unwrap(), (1, Seq(9)));
+        assert_eq!(nodes.meet(77, 0, "a").unwrap(), (1, Seq(9)));
         nodes.save(Seq(40)).unwrap();
         let mut nodes = Nodes::open(dir.path()).unwrap();
         assert_eq!(nodes.as_of(), Seq(40));
         assert!(nodes.same_boot());
         assert_eq!((nodes.last(1), nodes.seen(1)), (Seq(9), Seq(12)));
         assert_eq!((nodes.alias(1, Fid(5)), nodes.alias(2, Fid(5))), (Fid(6), Fid(5)));
-        assert_eq!(nodes.meet(79, "c").unwrap().0, 3);
+        assert_eq!(nodes.meet(79, 0, "c").unwrap().0, 3);
+        assert_eq!(nodes.meet(80, 2, "d").unwrap().0, 4, "that one is taken");
+        assert_eq!(nodes.meet(81, 7, "e").unwrap().0, 7, "a number from before the table");
+        assert_eq!(nodes.meet(82, NODE_MAX, "f").unwrap().0, 8);
     }
 }

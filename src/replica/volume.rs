@@ -145,7 +145,14 @@ pub struct Volume {
     /// where the clients were when the sync under way began
     syncing: Vec<(u32, Seq)>,
     /// of the directory that is being listed in pages
-    names: Option<(Fid, (i64, u32), Arc<Vec<Name>>)>,
+    names: Option<Names>,
+}
+
+/// The sorted names of a directory as they were at `ctime`.
+struct Names {
+    dir: Fid,
+    ctime: (i64, u32),
+    sorted: Arc<Vec<Name>>,
 }
 
 /// A sync, for another thread to carry out.
@@ -260,8 +267,8 @@ impl Volume {
     ///
     /// # Errors
     /// The table of clients cannot be written.
-    pub fn meet(&mut self, incarnation: [u8; 16], host: &str) -> Result<(u32, Seq)> {
-        Ok(self.nodes.meet(u128::from_be_bytes(incarnation), host)?)
+    pub fn meet(&mut self, incarnation: [u8; 16], claimed: u32, host: &str) -> Result<(u32, Seq)> {
+        Ok(self.nodes.meet(u128::from_be_bytes(incarnation), claimed, host)?)
     }
     /// Begins a sync of everything that was applied so far; [`Volume::synced`] ends it.
     pub fn sync_job(&mut self) -> SyncJob {
@@ -337,10 +344,10 @@ impl Volume {
     /// Sorted; those of the directory that is being paged through are kept.
     fn names(&mut self, dir: &Dir, first: bool) -> Result<Arc<Vec<Name>>> {
         let ctime = fs::fstat(dir)?.ctime;
-        if let Some((fid, then, names)) = &self.names
-            && (*fid, *then, first) == (dir.fid, ctime, false)
+        if let Some(known) = &self.names
+            && (known.dir, known.ctime, first) == (dir.fid, ctime, false)
         {
-            return Ok(names.clone());
+            return Ok(known.sorted.clone());
         }
         let entries = fs::read_dir(dir)?.into_iter();
         let mut names: Vec<Name> = entries.filter_map(|e| Name::new(&e.name).ok()).collect();
@@ -348,9 +355,9 @@ impl Volume {
             names.retain(|name| !is_own(name.as_bytes()));
         }
         names.sort_unstable();
-        let names = Arc::new(names);
-        self.names = Some((dir.fid, ctime, names.clone()));
-        Ok(names)
+        let sorted = Arc::new(names);
+        self.names = Some(Names { dir: dir.fid, ctime, sorted: sorted.clone() });
+        Ok(sorted)
     }
 
     /// # Errors

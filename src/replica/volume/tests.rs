@@ -24,7 +24,7 @@ fn rig() -> Rig {
     let mut rig = Rig { at, volume: None, seqs: HashMap::new() };
     rig.open();
     for node in [1, 2] {
-        assert_eq!(rig.v().meet([node as u8; 16], "h").unwrap(), (node, Seq(0)));
+        assert_eq!(rig.v().meet([node as u8; 16], 0, "h").unwrap(), (node, Seq(0)));
     }
     rig
 }
@@ -301,10 +301,10 @@ fn a_record_is_applied_once() {
     // the optimiser dropped some records at the end
     let out = rig.v().apply(1, Seq(7), &[]);
     assert_eq!(out.upto, Seq(7));
-    assert_eq!(rig.v().meet([1; 16], "h").unwrap(), (1, Seq(0)), "nothing is durable yet");
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap(), (1, Seq(0)), "nothing is durable yet");
     rig.v().sync_job().run().unwrap();
     rig.v().synced();
-    assert_eq!(rig.v().meet([1; 16], "h").unwrap(), (1, Seq(7)));
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap(), (1, Seq(7)));
 }
 
 #[test]
@@ -473,7 +473,7 @@ fn a_kill_loses_nothing_that_was_applied() {
     rig.kill();
     rig.open();
     assert_eq!((rig.v().stamp(), rig.read("f")), (stamp, "text".into()));
-    assert_eq!(rig.v().meet([1; 16], "h").unwrap(), (1, Seq(2)), "synced at the start");
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap(), (1, Seq(2)), "synced at the start");
     assert_eq!(rig.stamp(f(1, 1)), stamp);
 }
 
@@ -517,7 +517,7 @@ fn an_intention_is_carried_out_by_the_next_life() {
                     _ => &[],
                 };
                 assert_eq!(rig.names(), want, "{op:?} {done}");
-                assert_eq!(rig.v().meet([1; 16], "h").unwrap().1, seq);
+                assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, seq);
                 assert_eq!(rig.v().log.unsettled().unwrap().len(), 0);
                 assert_eq!(rig.v().conflicts(), 0);
             }
@@ -545,7 +545,7 @@ fn a_store_that_was_cut_off_comes_again() {
     let seq = intend(&mut rig, 1, store(f(1, 1), Stamp(0), 4));
     rig.kill();
     rig.open();
-    assert_eq!(rig.v().meet([1; 16], "h").unwrap().1, Seq(1), "not this one");
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(1), "not this one");
     let record = rig.record(store(f(1, 1), Stamp(0), 4));
     let change = Incoming { seq, record: &record, content: Content::Inline(b"text") };
     let out = rig.v().apply(1, seq, &[change]);
@@ -581,7 +581,7 @@ fn what_the_power_took_is_done_again() {
     rig.open();
     assert_eq!(rig.names(), ["b", "d"], "names are redone from the journal");
     assert_eq!((rig.fid("b"), rig.read("b")), (f(1, 2), String::new()));
-    assert_eq!(rig.v().meet([1; 16], "h").unwrap().1, Seq(1), "all the rest comes again");
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(1), "all the rest comes again");
     let records = [
         rig.record(create(f(1, 1), "a", f(1, 2))),
         rig.record(store(f(1, 2), Stamp(0), 4)),
@@ -602,7 +602,7 @@ fn what_the_power_took_is_done_again() {
     assert_eq!((rig.names(), rig.read("b")), (vec!["b".into(), "d".to_owned()], "text".into()));
     rig.kill();
     rig.open();
-    assert_eq!(rig.v().meet([1; 16], "h").unwrap().1, Seq(4));
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(4));
 }
 
 #[test]
