@@ -1,5 +1,6 @@
 //! The outside world: sockets, timers, and the effects of lento's decisions.
 
+pub mod client;
 pub mod conn;
 pub mod control;
 pub mod frame;
