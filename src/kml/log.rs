@@ -28,12 +28,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use self::open::{create_piece, first_piece, open_piece, read_cursors, recover_pieces};
+use self::read::{Entries, EntriesBack};
 use crate::kml::codec::{
-    self, CursorPage, Entry, Fault, Outcome, SEGMENT_HEADER_LEN, SegmentHead, TRAILER_LEN,
-    record_at,
+    self, CursorPage, Entry, Fault, Outcome, SEGMENT_HEADER_LEN, SegmentHead, record_at,
 };
-use crate::kml::record::{NODE_MAX, Record, Seq};
-use crate::kml::recover::{self, Spot, Stop};
+use crate::kml::record::{Record, Seq};
+use crate::kml::recover::{self, Spot};
 use crate::kml::store::{Dir, Segment, Store, segment_name, segments_in};
 
 /// Length of a segment unless told otherwise, bytes: some 30,000 records.
@@ -230,7 +231,7 @@ impl Log {
         options: Options,
     ) -> Result<Log, LogError> {
         let len = options.segment_len;
-        if !(SEGMENT_LEN_MIN..=SEGMENT_LEN_MAX).contains(&len) || len % 4096 != 0 {
+        if !(SEGMENT_LEN_MIN..=SEGMENT_LEN_MAX).contains(&len) || !len.is_multiple_of(4096) {
             return Err(LogError::SegmentLen { len });
         }
         std::fs::create_dir_all(dir).map_err(|source| io_error("make", dir, source))?;
@@ -488,14 +489,12 @@ impl Log {
     /// The records from `from` on. At the newest it ends, and goes on when there are newer ones.
     /// What was trimmed away is an error and not a gap: begin at [`Log::first`] or later.
     pub fn entries(&self, from: Seq) -> Entries<'_> {
-        let spot = Spot { at: 0, seq: from, chain: 0 };
-        Entries { log: self, piece: None, spot, buf: Vec::new(), failed: false }
+        Entries::new(self, from)
     }
 
     /// The records from `upto` (or the newest, if that is older) down to the oldest kept.
     pub fn entries_back(&self, upto: Seq) -> EntriesBack<'_> {
-        let seq = upto.min(self.last());
-        EntriesBack { log: self, piece: None, end: 0, seq, crc: None, buf: Vec::new() }
+        EntriesBack::new(self, upto.min(self.last()))
     }
 
     /// All records whose outcome is not known: right after opening, what the last life left.
@@ -575,129 +574,6 @@ impl Drop for Log {
     }
 }
 
-/// Records in the order of their seqs; see [`Log::entries`].
-pub struct Entries<'a> {
-    log: &'a Log,
-    piece: Option<Arc<Piece>>,
-    spot: Spot,
-    buf: Vec<u8>,
-    failed: bool,
-}
-
-impl Entries<'_> {
-    fn step(&mut self) -> Result<Entry, LogError> {
-        let piece = match &self.piece {
-            Some(piece) if self.spot.seq.0 < piece.limit() => piece.clone(),
-            old => {
-                let (piece, spot) = self.log.locate(self.spot.seq)?;
-                if old.is_some() && spot.chain != self.spot.chain {
-                    return Err(self.log.corrupt(&piece, spot, Fault::Chain));
-                }
-                self.spot = spot;
-                self.piece = Some(piece.clone());
-                piece
-            }
-        };
-        let synced = self.spot.seq;
-        recover::next(&*piece.segment, &mut self.spot, synced, &mut self.buf).map_err(|stop| {
-            let (Stop::Torn(why) | Stop::Corrupt(why) | Stop::Alien(why)) = stop else {
-                return self.log.corrupt(&piece, self.spot, Fault::Short);
-            };
-            self.log.corrupt(&piece, self.spot, why)
-        })
-    }
-}
-
-impl Iterator for Entries<'_> {
-    type Item = Result<Entry, LogError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.failed || self.spot.seq > self.log.last() {
-            return None;
-        }
-        let step = self.step();
-        self.failed = step.is_err();
-        Some(step)
-    }
-}
-
-/// Records from newer to older; see [`Log::entries_back`]. It reads by the lengths at the records'
-/// ends.
-pub struct EntriesBack<'a> {
-    log: &'a Log,
-    piece: Option<Arc<Piece>>,
-    /// where the record `seq` ends
-    end: usize,
-    seq: Seq,
-    /// what the record behind says that this one's crc is
-    crc: Option<u32>,
-    buf: Vec<u8>,
-}
-
-impl EntriesBack<'_> {
-    fn step(&mut self) -> Result<Entry, LogError> {
-        let piece = match &self.piece {
-            Some(piece) if self.seq >= piece.head.first => piece.clone(),
-            _ => {
-                let (piece, mut spot) = self.log.locate(self.seq)?;
-                let at = spot;
-                recover::skip(&*piece.segment, &mut spot, &mut self.buf)
-                    .map_err(|why| self.log.corrupt(&piece, at, why))?;
-                self.end = spot.at;
-                self.piece = Some(piece.clone());
-                piece
-            }
-        };
-        let spot = Spot { at: self.end, seq: self.seq, chain: 0 };
-        self.read(&piece).map_err(|why| self.log.corrupt(&piece, spot, why))
-    }
-    fn read(&mut self, piece: &Piece) -> Result<Entry, Fault> {
-        let mut trailer = [0; TRAILER_LEN];
-        let room = self.end - SEGMENT_HEADER_LEN;
-        if room < TRAILER_LEN {
-            return Err(Fault::Short);
-        }
-        piece.segment.read(self.end - TRAILER_LEN, &mut trailer);
-        let len = codec::record_len_before(&trailer)?;
-        if len > room {
-            return Err(Fault::TooLong);
-        }
-        let suspect = recover::look(&*piece.segment, self.end - len, &mut self.buf);
-        let chain = suspect.chain_claimed().ok_or(Fault::Short)?;
-        let verified = suspect.verify(chain, self.seq)?;
-        if verified.bytes().len() != len {
-            return Err(Fault::Trailer);
-        }
-        if self.crc.is_some_and(|crc| crc != verified.crc()) {
-            return Err(Fault::Chain);
-        }
-        let record = verified.decode()?;
-        let entry = Entry { seq: self.seq, record, outcome: verified.outcome() };
-        self.end -= len;
-        self.crc = Some(chain);
-        self.seq = Seq(self.seq.0 - 1);
-        Ok(entry)
-    }
-}
-
-impl Iterator for EntriesBack<'_> {
-    type Item = Result<Entry, LogError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.seq < self.log.first() || self.seq.0 == 0 {
-            return None;
-        }
-        let step = self.step();
-        if step.is_err() {
-            self.seq = Seq(0);
-        }
-        Some(step)
-    }
-}
-
-// ---------------------------------------------------------------------------------------------
-// opening
-
 fn io_error(what: &'static str, path: &Path, source: io::Error) -> LogError {
     LogError::Io { what, path: path.into(), source }
 }
@@ -723,147 +599,8 @@ fn set_in(page: &mut CursorPage, name: &str, value: u64) {
     }
 }
 
-/// The newer of the two pages. None at all is right only where there are no segments either.
-fn read_cursors(store: &dyn Store, fresh: bool) -> Result<Cursors, LogError> {
-    let path = store.path("cursors");
-    let pages = store.cursors().map_err(|source| io_error("read", &path, source))?;
-    let damaged = |at, why| LogError::Corrupt { file: path.clone(), at, seq: Seq(0), why };
-    let Some(pages) = pages else {
-        let none = Cursors { page: CursorPage::default(), durable_slot: 1 };
-        return if fresh { Ok(none) } else { Err(damaged(0, Fault::Short)) };
-    };
-    let found = match pages.map(|page| CursorPage::verify(&page)) {
-        [Ok(a), Ok(b)] if a.generation < b.generation => Cursors { page: b, durable_slot: 1 },
-        [Ok(page), _] => Cursors { page, durable_slot: 0 },
-        [_, Ok(page)] => Cursors { page, durable_slot: 1 },
-        [Err(why), Err(_)] => return Err(damaged(0, why)),
-    };
-    if fresh && get_in(&found.page, SYNCED) > 0 {
-        // the segments that it speaks of are gone
-        return Err(damaged(0, Fault::Short));
-    }
-    Ok(found)
-}
-
-fn create_piece(store: &dyn Store, head: SegmentHead) -> Result<Piece, LogError> {
-    let made = store.create(head.first, head.len as usize, &head.encode());
-    let segment = made.map_err(|source| match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => LogError::NoRoom(source),
-        _ => io_error("make", &store.path(&segment_name(head.first)), source),
-    })?;
-    let piece = Piece::new(head, segment);
-    *lock(&piece.index) = Some(Vec::new());
-    Ok(piece)
-}
-
-fn first_piece(
-    store: &dyn Store,
-    cursors: &Cursors,
-    node: u32,
-    incarnation: u128,
-    options: Options,
-) -> Result<Arc<Piece>, LogError> {
-    if node > NODE_MAX {
-        return Err(LogError::Unwritable(Fault::Field("node")));
-    }
-    let page = cursors.page.encode().map_err(LogError::Unwritable)?;
-    store
-        .put_cursors(cursors.durable_slot, &page, true)
-        .map_err(|source| io_error("write", &store.path("cursors"), source))?;
-    let head = SegmentHead {
-        node,
-        incarnation,
-        first: Seq(1),
-        len: options.segment_len as u64,
-        seed: SegmentHead::first_seed(incarnation),
-    };
-    create_piece(store, head).map(Arc::new)
-}
-
-fn open_piece(store: &dyn Store, first: Seq) -> Result<Arc<Piece>, LogError> {
-    let path = store.path(&segment_name(first));
-    let segment = store.open(first).map_err(|source| io_error("open", &path, source))?;
-    let mut header = vec![0; SEGMENT_HEADER_LEN.min(segment.size() & !3)];
-    segment.read(0, &mut header);
-    let head = SegmentHead::verify(&header).and_then(|head| match head {
-        head if head.first != first => Err(Fault::Seq { found: head.first.0 }),
-        head if head.len != segment.size() as u64 => Err(Fault::Short),
-        head => Ok(head),
-    });
-    let head = head.map_err(|why| LogError::Corrupt { file: path, at: 0, seq: first, why })?;
-    Ok(Arc::new(Piece::new(head, segment)))
-}
-
-struct Found {
-    spot: Spot,
-    synced: u64,
-    settled: Settled,
-}
-
-/// Reads what was not both durable and settled, cuts a torn tail, and refuses anything worse.
-fn recover_pieces(
-    store: &dyn Store,
-    pieces: &[Arc<Piece>],
-    page: &CursorPage,
-) -> Result<Found, LogError> {
-    let newest = pieces.len() - 1;
-    for (piece, behind) in pieces.iter().zip(&pieces[1..]) {
-        piece.limit.store(behind.head.first.0, Ordering::Release);
-        if piece.head.incarnation != behind.head.incarnation || piece.head.node != behind.head.node
-        {
-            return Err(corrupt(store, behind.head.first, behind.begin(), Fault::Chain));
-        }
-    }
-    // a segment is begun only when all before it is durable
-    let synced = get_in(page, SYNCED).max(pieces[newest].head.first.0 - 1);
-    let known = synced.min(get_in(page, SETTLED));
-    let start = pieces.partition_point(|piece| piece.head.first.0 <= known + 1).max(1) - 1;
-    let mut settled = Settled { through: pieces[start].head.first.0 - 1, ahead: VecDeque::new() };
-    let mut buf = Vec::new();
-    let mut spot = pieces[start].begin();
-    for (nth, piece) in pieces.iter().enumerate().skip(start) {
-        let begin = piece.begin();
-        if spot.seq != begin.seq || spot.chain != begin.chain {
-            return Err(corrupt(store, piece.head.first, begin, Fault::Chain));
-        }
-        spot = begin;
-        *lock(&piece.index) = Some(Vec::new());
-        let stop = loop {
-            if spot.seq.0 >= piece.limit() {
-                break Stop::End;
-            }
-            let here = spot;
-            match recover::next(&*piece.segment, &mut spot, Seq(synced), &mut buf) {
-                Err(stop) => break stop,
-                Ok(entry) => {
-                    piece.note(here);
-                    if entry.outcome == Outcome::Intended {
-                        let ahead = (entry.seq.0 - settled.through) as usize;
-                        settled.ahead.resize(ahead, false);
-                    } else {
-                        settled.settle(entry.seq);
-                    }
-                }
-            }
-        };
-        match stop {
-            Stop::End => {}
-            Stop::Torn(_) if nth == newest => cut(store, piece, spot)?,
-            Stop::Torn(why) | Stop::Corrupt(why) | Stop::Alien(why) => {
-                return Err(corrupt(store, piece.head.first, spot, why));
-            }
-        }
-    }
-    Ok(Found { spot, synced, settled })
-}
-
-/// Zeroes what stands behind `spot`: it was never acknowledged.
-fn cut(store: &dyn Store, piece: &Piece, spot: Spot) -> Result<(), LogError> {
-    let end = recover::data_end(&*piece.segment, spot.at);
-    piece.segment.put(spot.at, &vec![0; end - spot.at]);
-    let path = store.path(&segment_name(piece.head.first));
-    piece.segment.sync(spot.at, end - spot.at).map_err(|source| io_error("sync", &path, source))
-}
+mod open;
+pub mod read;
 
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,9 @@
 pub mod record;
 
 pub mod codec;
+pub mod dump;
 pub mod log;
+pub mod optimise;
 pub mod recover;
 pub mod store;
 pub mod writers;

@@ -147,11 +147,14 @@ impl Store for SimStore {
         Ok(self.0.cursors.lock().unwrap().now.clone())
     }
     fn put_cursors(&self, slot: usize, page: &[u8], durable: bool) -> io::Result<()> {
-        if durable && self.faults().sync_fails.load(Ordering::Relaxed) {
-            return Err(io::Error::from_raw_os_error(5));
-        }
         let mut pages = self.0.cursors.lock().unwrap();
         let empty = || [vec![0; CURSORS_LEN], vec![0; CURSORS_LEN]];
+        if durable && self.faults().sync_fails.load(Ordering::Relaxed) {
+            // the worst that a failed write can leave
+            pages.now.get_or_insert_with(empty)[slot] = vec![0xee; CURSORS_LEN];
+            pages.disk = pages.now.clone();
+            return Err(io::Error::from_raw_os_error(5));
+        }
         pages.now.get_or_insert_with(empty)[slot] = page.to_vec();
         if durable {
             pages.disk = pages.now.clone();

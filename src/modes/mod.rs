@@ -16,6 +16,8 @@ pub mod umount;
 use std::fmt;
 use std::io::{self, Write};
 
+use crate::kml::log::LogError;
+
 /// The exit codes other than 0, as `imz --help` explains them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
@@ -65,17 +67,29 @@ pub fn fail<T>(exit: Exit, what: impl Into<String>) -> anyhow::Result<T> {
     Err(Failure::new(exit, what).into())
 }
 
-/// The exit code of an error: its outermost [`Failure`]'s, or what its I/O error means.
+/// The exit code of an error: its outermost [`Failure`]'s, or what the journal's or the kernel's
+/// error in its chain means.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     if let Some(failure) = error.downcast_ref::<Failure>() {
         return failure.exit as u8;
     }
-    let kind = error.chain().find_map(|it| Some(it.downcast_ref::<io::Error>()?.kind()));
-    let exit = match kind {
-        Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => Exit::NoRoom,
-        _ => Exit::Failure,
-    };
-    exit as u8
+    error.chain().find_map(meaning).unwrap_or(Exit::Failure) as u8
+}
+
+/// What an error of a lower layer means to the user.
+fn meaning(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
+    if let Some(error) = error.downcast_ref::<LogError>() {
+        return match error {
+            LogError::Corrupt { .. } => Some(Exit::Damaged),
+            LogError::Locked { .. } | LogError::OtherNode { .. } => Some(Exit::Refused),
+            LogError::NoRoom(_) => Some(Exit::NoRoom),
+            _ => None,
+        };
+    }
+    match error.downcast_ref::<io::Error>()?.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some(Exit::NoRoom),
+        _ => None,
+    }
 }
 
 /// Prints to standard output; a reader that went away (`| head`) is no failure.
@@ -106,6 +120,8 @@ mod tests {
         assert_eq!(exit_code(&as_context), 4);
         let full = anyhow::Error::from(io::Error::from(io::ErrorKind::StorageFull)).context("x");
         assert_eq!(exit_code(&full), 7);
+        let locked = anyhow::Error::from(LogError::Locked { dir: "/c".into() }).context("x");
+        assert_eq!(exit_code(&locked), 4);
         assert_eq!(exit_code(&anyhow::anyhow!("what")), 1);
     }
 }

@@ -3,14 +3,18 @@
 //! The tree mirrors the volume's names one to one. What imz knows of an object sits in one
 //! extended attribute on the object itself; the index from fid to name can be rebuilt from the
 //! tree at any time. There is no database of truth.
+//!
+//! Reading order: what both sides share, then a client's view, then the server's.
+
+pub mod index;
+pub mod meta;
+pub mod ops;
+pub mod recover;
+pub mod state;
+pub mod tree;
 
 pub mod cache;
 pub mod hydrate;
-pub mod index;
 pub mod limbo;
 pub mod merge;
-pub mod meta;
-pub mod ops;
 pub mod pending;
-pub mod state;
-pub mod tree;

@@ -367,6 +367,14 @@ impl Tree {
         path.split_off(path.len().saturating_sub(PATH_LEN_MAX))
     }
 
+    /// A path of the object as the index has it, unchecked; empty when it has none.
+    pub fn path_by_fid(&self, fid: Fid) -> Vec<u8> {
+        let Ok(Some((parent, name))) = self.index.names(fid).map(|mut at| at.pop()) else {
+            return Vec::new();
+        };
+        self.dir(parent).map(|dir| self.path_of(&dir, &name)).unwrap_or_default()
+    }
+
     /// Walks the tree and notes where everything stands, unless the index is certain.
     fn walk_once(&self) -> Result<bool> {
         if self.certain.swap(true, Ordering::Relaxed) {

@@ -391,19 +391,19 @@ pub fn space(fd: impl AsFd) -> Result<Space> {
     })
 }
 
-/// Extended attributes of `name` in `dir`, or of `dir` itself when `name` is empty.
+/// Extended attributes of `name` in `dir`, or of the open object `dir` itself when `name` is empty
+/// (then not opened with `O_PATH`).
 pub mod xattr {
     use super::*;
 
     /// `None` when there is no such attribute.
     pub fn get(dir: impl AsFd, name: &[u8], key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let path = self_path(dir.as_fd(), name);
         let mut value = vec![0u8; 256];
         loop {
             let got = if name.is_empty() {
-                rustix::fs::getxattr(&*path, key, &mut value[..])
+                rustix::fs::fgetxattr(&dir, key, &mut value[..])
             } else {
-                rustix::fs::lgetxattr(&*path, key, &mut value[..])
+                rustix::fs::lgetxattr(&*self_path(dir.as_fd(), name), key, &mut value[..])
             };
             match got {
                 Ok(len) => {
@@ -419,33 +419,30 @@ pub mod xattr {
 
     /// `flags`: 0, XATTR_CREATE (1) or XATTR_REPLACE (2).
     pub fn set(dir: impl AsFd, name: &[u8], key: &[u8], value: &[u8], flags: u32) -> Result<()> {
-        let path = self_path(dir.as_fd(), name);
         let flags = XattrFlags::from_bits_retain(flags);
         if name.is_empty() {
-            rustix::fs::setxattr(&*path, key, value, flags)
+            rustix::fs::fsetxattr(dir, key, value, flags)
         } else {
-            rustix::fs::lsetxattr(&*path, key, value, flags)
+            rustix::fs::lsetxattr(&*self_path(dir.as_fd(), name), key, value, flags)
         }
     }
 
     pub fn remove(dir: impl AsFd, name: &[u8], key: &[u8]) -> Result<()> {
-        let path = self_path(dir.as_fd(), name);
         if name.is_empty() {
-            rustix::fs::removexattr(&*path, key)
+            rustix::fs::fremovexattr(dir, key)
         } else {
-            rustix::fs::lremovexattr(&*path, key)
+            rustix::fs::lremovexattr(&*self_path(dir.as_fd(), name), key)
         }
     }
 
     /// All keys, in the file system's order.
     pub fn list(dir: impl AsFd, name: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let path = self_path(dir.as_fd(), name);
         let mut keys = vec![0u8; 1024];
         loop {
             let got = if name.is_empty() {
-                rustix::fs::listxattr(&*path, &mut keys[..])
+                rustix::fs::flistxattr(&dir, &mut keys[..])
             } else {
-                rustix::fs::llistxattr(&*path, &mut keys[..])
+                rustix::fs::llistxattr(&*self_path(dir.as_fd(), name), &mut keys[..])
             };
             match got {
                 Ok(len) => {

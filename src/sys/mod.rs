@@ -1,6 +1,7 @@
 //! The few system calls that std lacks. The only room that names rustix and libc.
 
 pub mod cred;
+pub mod daemon;
 pub mod dev_fuse;
 pub mod file;
 pub mod fs;

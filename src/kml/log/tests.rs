@@ -160,8 +160,11 @@ fn a_failed_sync_is_final() {
         let store = SimStore::default();
         let log = open(&store).unwrap();
         let ticket = log.append(&small(1)).unwrap();
+        if by_cursor {
+            log.set_cursor("a", 7).unwrap();
+        }
         store.faults().sync_fails.store(true, Relaxed);
-        let failed = if by_cursor { log.set_cursor("a", 1) } else { log.sync(ticket.seq) };
+        let failed = if by_cursor { log.set_cursor("a", 8) } else { log.sync(ticket.seq) };
         assert!(matches!(failed, Err(LogError::Io { .. })));
         store.faults().sync_fails.store(false, Relaxed);
         assert!(log.is_poisoned());
@@ -170,6 +173,9 @@ fn a_failed_sync_is_final() {
         assert!(matches!(log.set_cursor("a", 1), Err(LogError::Poisoned)));
         // what is there can still be read
         assert_eq!(read(&log).len(), 1);
+        // and the cursor page that failed was not the last good one
+        std::mem::forget(log);
+        assert_eq!(open(&store.killed()).unwrap().cursor("a"), if by_cursor { 7 } else { 0 });
     }
 }
 
@@ -310,4 +316,93 @@ fn threads_share_a_log() {
     }
     seen.sort_unstable();
     assert!(seen.into_iter().eq(0..4 * EACH), "each record once");
+}
+
+/// Where each of the first segment's records begins.
+fn starts(store: &SimStore) -> Vec<Spot> {
+    let segment = store.open(Seq(1)).unwrap();
+    let seed = SegmentHead::first_seed(77);
+    let mut spot = Spot { at: SEGMENT_HEADER_LEN, seq: Seq(1), chain: seed };
+    let (mut spots, mut buf) = (vec![spot], Vec::new());
+    while recover::skip(&*segment, &mut spot, &mut buf).is_ok() {
+        spots.push(spot);
+    }
+    spots
+}
+
+#[test]
+fn a_later_record_proves_that_an_earlier_one_was_acknowledged() {
+    let damaged = |nth: usize| {
+        let store = SimStore::default();
+        let log = open(&store).unwrap();
+        let old = store.cursors().unwrap().unwrap();
+        (0..5).for_each(|n| drop(log.append(&small(n)).unwrap()));
+        log.sync(Seq(5)).unwrap();
+        (5..8).for_each(|n| drop(log.append(&small(n)).unwrap()));
+        std::mem::forget(log);
+        // the cursors of before: only the records know
+        store.put_cursors(0, &old[0], true).unwrap();
+        store.put_cursors(1, &old[1], true).unwrap();
+        let at = starts(&store)[nth - 1].at;
+        store.open(Seq(1)).unwrap().set_word(at + record_at::TIME_NS, 0xbad);
+        open(&store.killed())
+    };
+    for nth in 1..=5 {
+        let why = damaged(nth).err().expect("refused");
+        let seq = Seq(nth as u64);
+        assert!(matches!(why, LogError::Corrupt { seq: s, why: Fault::Crc, .. } if s == seq));
+    }
+    // nobody was promised these
+    for nth in 6..=8 {
+        assert_eq!(damaged(nth).unwrap().last(), Seq(nth as u64 - 1));
+    }
+}
+
+#[test]
+fn a_newer_version_s_record_is_refused_and_not_cut() {
+    let store = SimStore::default();
+    let log = open(&store).unwrap();
+    log.append(&small(1)).unwrap();
+    drop(log);
+    let spot = *starts(&store).last().unwrap();
+    let mut bytes = codec::draft(&small(2)).unwrap();
+    bytes[record_at::KIND] = 200;
+    codec::seal(&mut bytes, spot.seq, spot.chain, Seq(0));
+    let segment = store.open(Seq(1)).unwrap();
+    segment.put(spot.at, &bytes);
+    for _ in 0..2 {
+        let why = open(&store.killed()).err().expect("refused");
+        assert!(matches!(why, LogError::Corrupt { why: Fault::Kind(200), seq: Seq(2), .. }));
+    }
+    assert_eq!(segment.word(spot.at + record_at::SEQ), 2, "left as it was");
+}
+
+#[test]
+fn a_torn_tail_is_zeroed() {
+    let store = SimStore::default();
+    let log = open(&store).unwrap();
+    (0..3).for_each(|n| drop(log.append(&small(n)).unwrap()));
+    std::mem::forget(log);
+    let at = starts(&store)[1].at;
+    let segment = store.open(Seq(1)).unwrap();
+    segment.set_word(at + record_at::TIME_NS, 0xbad);
+    assert_eq!(open(&store.killed()).unwrap().last(), Seq(1));
+    assert_eq!(recover::data_end(&*segment, at), at);
+}
+
+#[test]
+fn a_record_put_in_another_s_place_is_seen_from_behind() {
+    let store = SimStore::default();
+    let log = open(&store).unwrap();
+    (0..3).for_each(|n| drop(log.append(&small(n)).unwrap()));
+    let spot = starts(&store)[1];
+    let mut forged = small(1);
+    forged.uid = 4321;
+    let bytes = codec::encode(&forged, spot.seq, spot.chain).unwrap();
+    let mut back = log.entries_back(Seq(3));
+    assert_eq!(back.next().unwrap().unwrap().seq, Seq(3));
+    store.open(Seq(1)).unwrap().put(spot.at, &bytes);
+    let why = back.next().unwrap();
+    assert!(matches!(why, Err(LogError::Corrupt { seq: Seq(2), why: Fault::Chain, .. })));
+    assert!(back.next().is_none());
 }
