@@ -57,6 +57,9 @@ impl Bell {
             wake();
         }
     }
+    pub fn is_rung(&self) -> bool {
+        self.rung.load(Ordering::Acquire)
+    }
     /// The loop looked; the next ring wakes it again. Look once more after this.
     pub fn rearm(&self) {
         self.rung.store(false, Ordering::Release);

@@ -206,7 +206,9 @@ fn merge_entry(
         }
     }
     // The name stood for something else, or was known to be free.
-    notices.push(Notice::Entry { dir: dir.fid, name: name.clone() });
+    if found.here.is_some() || dir.meta().complete {
+        notices.push(Notice::Entry { dir: dir.fid, name: name.clone() });
+    }
     if let Some((from, old)) = &found.elsewhere {
         if cache.pending().name(from.fid, old) > mark
             || !bring(cache, dir, name, from, old, object)?

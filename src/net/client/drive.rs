@@ -1,0 +1,737 @@
+//! The loop: events to the machine, its effects to the world. See client.rs for the picture.
+
+use std::collections::{HashMap, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::ToSocketAddrs;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
+
+use crossbeam_channel::Receiver;
+
+use super::work::{Job, Worker};
+use super::{In, Notify, Options, Peer, Shared, Waiter, Want};
+use crate::kml::record::{Fid, Seq, Stamp};
+use crate::lento::client::{Bytes, Client, Effect, Ticket, Unmet, Want as Need, Who};
+use crate::lento::message::*;
+use crate::lento::policy;
+use crate::lento::ship::Bell;
+use crate::net::conn::{Conn, Lane};
+use crate::net::poll::{Event, Loop, Stream, Token};
+use crate::replica::cache::Cache;
+use crate::replica::hydrate::{self, Notice, Remote};
+use crate::replica::merge::{self, Listing, RemotePage};
+use crate::replica::tree::TreeError;
+use crate::sys::Errno;
+use crate::sys::fs::{self, Kind, o};
+
+/// How soon after a look at the journal the next one comes.
+const BELL_PAUSE: Duration = Duration::from_millis(50);
+/// How soon a change of the index is put into its file, and when everything is made durable.
+const FLUSH_AFTER: Duration = Duration::from_secs(1);
+const KEEP_EVERY: Duration = Duration::from_secs(30);
+/// Reads of the server's that wait for room on the way out; a server that has more is not ours.
+const READS_MAX: usize = 1024;
+
+pub(super) struct Driver {
+    shared: Arc<Shared>,
+    cache: Arc<Cache>,
+    peer: Peer,
+    machine: Client,
+    notifier: Box<dyn Notify>,
+    event_loop: Loop,
+    inbox: Receiver<In>,
+    worker: Worker,
+    link: Link,
+    /// counts attempts to connect; names the socket in the loop
+    generation: u64,
+    resolving: bool,
+    cutting: u64,
+    tickets: HashMap<Ticket, (Fid, Waiter)>,
+    next_ticket: Ticket,
+    /// own records whose acknowledgement somebody waits for, and since when nothing moves
+    waiting: Vec<(Seq, Instant, Waiter)>,
+    listings: HashMap<Fid, Listing>,
+    /// objects whose last fetch the cache could not take
+    failed: HashMap<Fid, i32>,
+    reads: VecDeque<(u64, Read)>,
+    settled: Seq,
+    look_at: Option<Instant>,
+    flush_at: Option<Instant>,
+    keep_at: Instant,
+    kept: (Seq, Stamp),
+    rate: Rate,
+    stop: bool,
+}
+
+enum Link {
+    None,
+    /// and the addresses to try next
+    Connecting(Stream, Vec<std::net::SocketAddr>),
+    Up(Box<Conn>),
+}
+
+/// Bytes per second that went out, smoothed.
+struct Rate {
+    since: Instant,
+    out: u64,
+    per_second: f64,
+}
+
+impl Driver {
+    pub fn new(
+        shared: Arc<Shared>,
+        peer: Peer,
+        options: Options,
+        notifier: Box<dyn Notify>,
+        event_loop: Loop,
+        inbox: Receiver<In>,
+        worker: Worker,
+    ) -> Driver {
+        let cache = shared.cache.clone();
+        let (facts, now) = (cache.state.facts(), Instant::now());
+        let who = Who {
+            volume: facts.volume.clone(),
+            incarnation: facts.incarnation().to_be_bytes(),
+            node: facts.node,
+            volume_id: facts.volume_id().to_be_bytes(),
+            host: options.host,
+        };
+        let (acked, current) = (cache.acked(), cache.current_stamp());
+        // Any number does: clients differ in their incarnation, and attempts in their time.
+        let seed = facts.incarnation() as u64 ^ u64::from(std::process::id());
+        let machine = Client::new(who, current, acked, options.age, seed, now);
+        Driver {
+            shared,
+            peer,
+            machine,
+            notifier,
+            event_loop,
+            inbox,
+            worker,
+            link: Link::None,
+            generation: 0,
+            resolving: false,
+            cutting: 0,
+            tickets: HashMap::new(),
+            next_ticket: 0,
+            waiting: Vec::new(),
+            listings: HashMap::new(),
+            failed: HashMap::new(),
+            reads: VecDeque::new(),
+            settled: Seq(0),
+            look_at: Some(now),
+            flush_at: None,
+            keep_at: now + KEEP_EVERY,
+            kept: (acked, current),
+            rate: Rate { since: now, out: 0, per_second: 0.0 },
+            stop: false,
+            cache,
+        }
+    }
+
+    pub fn run(mut self) {
+        let mut events = Vec::new();
+        self.look_at_journal(Instant::now());
+        while !self.stop {
+            let now = Instant::now();
+            self.machine.on_wake(now);
+            self.turn(now);
+            let timeout = self.wake_at().saturating_duration_since(Instant::now());
+            if let Err(e) = self.event_loop.wait(Some(timeout), &mut events) {
+                log::error!("the event loop cannot wait: {e}");
+                break;
+            }
+            let now = Instant::now();
+            for event in &events {
+                if let Event::Ready { token, .. } = event
+                    && token.0 as u64 == self.generation
+                {
+                    self.on_ready(now);
+                }
+            }
+            if let Link::Up(conn) = &self.link
+                && conn.has_more()
+            {
+                self.on_ready(now);
+            }
+            while let Ok(what) = self.inbox.try_recv() {
+                self.on_told(what, now);
+                self.turn(now);
+            }
+            self.look_at_journal(now);
+            self.keep_house(now);
+        }
+        self.finish();
+    }
+
+    fn wake_at(&self) -> Instant {
+        if let Link::Up(conn) = &self.link
+            && conn.has_more()
+        {
+            return Instant::now();
+        }
+        let waiting = self.waiting.iter().map(|(_, since, _)| *since + policy::TIMEOUT).min();
+        let must_keep = self.kept != (self.machine.acked(), self.machine.current());
+        let keep = (must_keep || self.flush_at.is_some()).then_some(self.keep_at);
+        let moving = (self.rate.per_second > 1.0).then(|| self.rate.since + FLUSH_AFTER);
+        let all = [waiting, self.look_at, self.flush_at, keep, moving];
+        all.into_iter().flatten().fold(self.machine.wake_at(), Instant::min)
+    }
+
+    /// Carries out what the machine decided, until it has nothing more to say.
+    fn turn(&mut self, now: Instant) {
+        loop {
+            while let Some(effect) = self.machine.poll() {
+                self.carry_out(effect, now);
+            }
+            self.answer_reads();
+            let Link::Up(conn) = &mut self.link else { break };
+            match conn.flush() {
+                Ok(()) => break,
+                Err(fault) => self.lost(&fault.to_string(), now),
+            }
+        }
+    }
+
+    fn on_told(&mut self, what: In, now: Instant) {
+        match what {
+            In::Want(want, waiter) => self.on_want(want, waiter, now),
+            In::ShipNow => {
+                self.look_at = Some(now);
+                self.look_at_journal(now);
+                self.machine.on_ship_now(now);
+            }
+            In::WaitAcked(seq, waiter) if seq <= self.machine.acked() => waiter.end(Ok(())),
+            In::WaitAcked(seq, waiter) => {
+                self.waiting.push((seq, now, waiter));
+                self.on_told(In::ShipNow, now);
+            }
+            In::WantSpace => self.machine.on_want_space(),
+            In::BreakDone { generation, id } if generation == self.generation => {
+                self.machine.on_break_done(id);
+            }
+            In::BreakDone { .. } => {}
+            In::Resolved { generation, found } => {
+                self.resolving = false;
+                if generation == self.generation {
+                    match found {
+                        Ok(addrs) => self.connect(addrs, now),
+                        Err(e) => self.lost(&e.to_string(), now),
+                    }
+                }
+            }
+            In::Cut { generation, cut } if generation == self.cutting => match cut {
+                Ok(Some((batch, len))) => self.machine.on_batch_cut(Some(batch), len, now),
+                Ok(None) => self.machine.on_batch_cut(None, 0, now),
+                Err(e) => {
+                    self.note_error(&format!("the journal cannot be shipped: {e}"));
+                    self.machine.on_batch_cut(None, 0, now);
+                }
+            },
+            In::Cut { .. } => {}
+            In::Stop => self.stop = true,
+        }
+    }
+
+    fn on_want(&mut self, want: Want, waiter: Waiter, now: Instant) {
+        let (fid, need) = match want {
+            Want::Dir(fid) => (fid, Need::Dir(fid)),
+            Want::Object(fid) => (fid, Need::Object(fid)),
+            Want::Bytes { fid, at, len } => match bytes_of(&self.cache, fid, at, len) {
+                Ok(Some(bytes)) => (fid, Need::Bytes(bytes)),
+                Ok(None) => return waiter.end(Ok(())),
+                Err(TreeError::Gone(_)) => return waiter.end(Err(Unmet::Gone)),
+                Err(e) => return waiter.end(Err(Unmet::Local(e.errno().raw_os_error()))),
+            },
+        };
+        self.failed.remove(&fid);
+        self.next_ticket += 1;
+        self.tickets.insert(self.next_ticket, (fid, waiter));
+        self.machine.on_want(need, self.next_ticket, now);
+    }
+
+    fn carry_out(&mut self, effect: Effect, now: Instant) {
+        match effect {
+            Effect::Connect => self.begin_to_connect(now),
+            Effect::Close { why } => {
+                self.note_error(&why);
+                self.unlink();
+            }
+            Effect::Send { foreground, id, answer, message } => {
+                let lane = if foreground { Lane::Foreground } else { Lane::Background };
+                self.send(lane, id, answer, &message, now);
+            }
+            Effect::Resolve { ticket, how } => self.resolve(ticket, how),
+            Effect::Welcomed { node, volume_id, volume } => {
+                self.on_welcomed(node, volume_id, volume);
+            }
+            Effect::Refused { code, what } => self.on_refused(code, what),
+            Effect::MergePage { .. }
+            | Effect::FinishListing { .. }
+            | Effect::SetObject { .. }
+            | Effect::WriteRange { .. } => self.take_in(effect),
+            Effect::MarkStale { break_id, fids } => self.mark_stale(break_id, &fids),
+            Effect::BumpEpoch => self.bump_epoch(),
+            Effect::CutBatch { after, upto } => {
+                let generation = self.cutting;
+                self.worker.give(Job::Cut { generation, after, upto });
+            }
+            Effect::RestartShipping => {
+                self.cutting += 1;
+                self.worker.give(Job::Restart);
+            }
+            Effect::AnswerRead { id, read } if self.reads.len() < READS_MAX => {
+                self.reads.push_back((id, read));
+            }
+            Effect::AnswerRead { .. } => self.lost("the server asks for too much at once", now),
+            Effect::Acked { upto, stamps, conflicts } => {
+                self.on_acked(upto, &stamps, &conflicts, now);
+            }
+            Effect::ServerBehind { theirs, ours } => {
+                self.cache.pending().fell_back(theirs);
+                self.note_error(&format!(
+                    "the server has lost records {} to {} that it had acknowledged",
+                    theirs.next().0,
+                    ours.0
+                ));
+            }
+            Effect::SpaceIs(space) => {
+                let mut held = self.shared.space.lock().unwrap_or_else(|e| e.into_inner());
+                held.0 = space;
+            }
+            Effect::SetOnline(online) => self.set_online(online),
+            Effect::SaveCurrent(_) => self.keep(now),
+        }
+    }
+
+    fn resolve(&mut self, ticket: Ticket, how: Result<(), Unmet>) {
+        let Some((fid, waiter)) = self.tickets.remove(&ticket) else { return };
+        match (how, self.failed.get(&fid)) {
+            (Ok(()), Some(errno)) => waiter.end(Err(Unmet::Local(*errno))),
+            (how, _) => waiter.end(how),
+        }
+    }
+
+    // The connection.
+
+    fn begin_to_connect(&mut self, now: Instant) {
+        self.generation += 1;
+        let generation = self.generation;
+        match &mut self.peer {
+            Peer::Embedded(give) => match give().and_then(Stream::from_unix) {
+                Ok(stream) => self.up(stream, now),
+                Err(e) => self.lost(&e.to_string(), now),
+            },
+            // A look-up that is still under way: its answer comes too late, and so does this one.
+            Peer::Tcp(..) if self.resolving => {}
+            Peer::Tcp(host, port) => {
+                let (shared, at) = (self.shared.clone(), (host.clone(), *port));
+                let resolve = move || {
+                    let found = (&at.0[..], at.1).to_socket_addrs().map(Iterator::collect);
+                    shared.tell(In::Resolved { generation, found });
+                };
+                let name = "imz-resolver".to_owned();
+                match std::thread::Builder::new().name(name).spawn(resolve) {
+                    Ok(_) => self.resolving = true,
+                    Err(e) => self.lost(&e.to_string(), now),
+                }
+            }
+        }
+    }
+
+    /// Tries the addresses one after another.
+    fn connect(&mut self, mut addrs: Vec<std::net::SocketAddr>, now: Instant) {
+        let mut why = "the name has no address".to_owned();
+        while !addrs.is_empty() {
+            let addr = addrs.remove(0);
+            let begun = Stream::connect(addr).and_then(|mut stream| {
+                self.event_loop.add_stream(&mut stream, Token(self.generation as usize))?;
+                Ok(stream)
+            });
+            match begun {
+                Ok(stream) => {
+                    self.link = Link::Connecting(stream, addrs);
+                    return;
+                }
+                Err(e) => why = format!("{addr}: {e}"),
+            }
+        }
+        self.lost(&why, now);
+    }
+
+    fn up(&mut self, mut stream: Stream, now: Instant) {
+        let (compress, token) = (!stream.is_local(), Token(self.generation as usize));
+        if matches!(stream, Stream::Unix(_))
+            && let Err(e) = self.event_loop.add_stream(&mut stream, token)
+        {
+            return self.lost(&e.to_string(), now);
+        }
+        self.rate.out = 0;
+        self.link = Link::Up(Box::new(Conn::new(stream, compress)));
+        self.machine.on_connected(now);
+    }
+
+    fn on_ready(&mut self, now: Instant) {
+        match std::mem::replace(&mut self.link, Link::None) {
+            Link::None => {}
+            Link::Connecting(stream, addrs) => match stream.connected() {
+                Ok(true) => self.up(stream, now),
+                Ok(false) => self.link = Link::Connecting(stream, addrs),
+                Err(e) if addrs.is_empty() => self.lost(&e.to_string(), now),
+                Err(_) => {
+                    drop(stream);
+                    self.connect(addrs, now);
+                }
+            },
+            Link::Up(mut conn) => {
+                let before = conn.bytes_in();
+                let read = conn.read();
+                let came = conn.bytes_in() - before;
+                let generation = self.generation;
+                self.link = Link::Up(conn);
+                if came > 0 {
+                    self.machine.on_heard(came, now);
+                }
+                match read {
+                    Ok(messages) => {
+                        for m in messages {
+                            if generation != self.generation || !matches!(self.link, Link::Up(_)) {
+                                break; // an effect closed the connection
+                            }
+                            self.machine.on_message(m.id, m.answer, m.message, now);
+                            self.turn(now);
+                        }
+                    }
+                    Err(fault) => self.lost(&fault.to_string(), now),
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, lane: Lane, id: u64, answer: bool, message: &Message, now: Instant) {
+        if let Link::Up(conn) = &mut self.link
+            && let Err(e) = conn.send(lane, id, answer, message)
+        {
+            self.lost(&e.to_string(), now);
+        }
+    }
+
+    fn unlink(&mut self) {
+        self.link = Link::None;
+        self.reads.clear();
+        self.listings.clear();
+        // Answers of the old connection must not reach the new one.
+        self.generation += 1;
+    }
+
+    fn lost(&mut self, why: &str, now: Instant) {
+        self.note_error(why);
+        self.unlink();
+        self.machine.on_closed(now);
+    }
+
+    fn note_error(&self, what: &str) {
+        log::warn!("{}: {what}", self.shared.server);
+        self.shared.facts().last_error = Some(what.to_owned());
+    }
+
+    fn on_welcomed(&mut self, node: u32, volume_id: [u8; 16], volume: String) {
+        let facts = self.cache.state.facts();
+        let id = u128::from_be_bytes(volume_id);
+        if (facts.node, facts.volume_id()) == (node, id) && facts.volume == volume {
+            return;
+        }
+        let edited = self.cache.state.edit(|facts| {
+            (facts.node, facts.volume) = (node, volume);
+            facts.volume_id = crate::replica::state::hex(id);
+        });
+        if let Err(e) = edited {
+            self.note_error(&e.to_string());
+        }
+    }
+
+    fn on_refused(&mut self, code: Code, what: String) {
+        self.note_error(&format!("refused: {what}"));
+        self.shared.facts().contact.get_or_insert(Err((code, what)));
+        self.shared.changed.notify_all();
+    }
+
+    fn set_online(&mut self, online: bool) {
+        self.cache.set_online(online);
+        let mut facts = self.shared.facts();
+        (facts.connected, facts.since) = (online, SystemTime::now());
+        if online {
+            facts.contact = Some(Ok(()));
+            facts.last_error = None;
+            log::info!("{}: connected", self.shared.server);
+        }
+        self.shared.changed.notify_all();
+    }
+
+    // What comes in for the cache.
+
+    fn take_in(&mut self, effect: Effect) {
+        let (fid, done) = match effect {
+            Effect::MergePage { dir, first, mark, page } => {
+                if first {
+                    self.listings.remove(&dir);
+                    self.failed.remove(&dir);
+                }
+                let listing = self.listings.entry(dir).or_default();
+                (dir, merge::merge_page(&self.cache, listing, dir, remote_page(page), mark))
+            }
+            Effect::FinishListing { dir, mark, fresh } => {
+                let listing = self.listings.remove(&dir).unwrap_or_default();
+                if self.failed.contains_key(&dir) {
+                    return; // not all of it is here
+                }
+                (dir, merge::finish_listing(&self.cache, listing, dir, mark, fresh))
+            }
+            Effect::SetObject { object, mark } => {
+                (object.fid, hydrate::set_object(&self.cache, &remote(object), mark))
+            }
+            Effect::WriteRange { fid, stamp, at, bytes, granule } => {
+                let done = hydrate::write_range(&self.cache, fid, stamp, at, &bytes, granule);
+                (fid, done.map(|()| Vec::new()))
+            }
+            _ => return,
+        };
+        match done {
+            Ok(notices) => self.notify(notices, Box::new(|| ())),
+            Err(e) => {
+                self.note_error(&format!("the cache cannot take the object {fid}: {e}"));
+                self.failed.insert(fid, e.errno().raw_os_error());
+            }
+        }
+    }
+
+    fn notify(&mut self, notices: Vec<Notice>, done: Box<dyn FnOnce() + Send>) {
+        if notices.is_empty() {
+            return done();
+        }
+        self.notifier.stale(notices, done);
+    }
+
+    fn mark_stale(&mut self, break_id: Option<u64>, fids: &[Fid]) {
+        let (notices, marked) = hydrate::mark_stale(&self.cache, fids);
+        if let Err(e) = marked {
+            self.note_error(&format!("a broken promise cannot be noted: {e}"));
+            // Then everything counts as old: nothing stale may pass for fresh.
+            self.bump_epoch();
+        }
+        match break_id {
+            None => self.notify(notices, Box::new(|| ())),
+            Some(id) => {
+                let (shared, generation) = (self.shared.clone(), self.generation);
+                let done = move || shared.tell(In::BreakDone { generation, id });
+                self.notify(notices, Box::new(done));
+            }
+        }
+    }
+
+    fn bump_epoch(&mut self) {
+        if let Err(e) = self.cache.bump_epoch() {
+            self.note_error(&e.to_string());
+        }
+        self.notify(vec![Notice::All], Box::new(|| ()));
+    }
+
+    fn on_acked(&mut self, upto: Seq, stamps: &[Stamped], conflicts: &[Fid], now: Instant) {
+        let stamps: Vec<(Fid, Stamp)> = stamps.iter().map(|s| (s.fid, s.stamp)).collect();
+        let (notices, marked) = hydrate::acked(&self.cache, &stamps, conflicts);
+        if let Err(e) = marked {
+            self.note_error(&format!("new stamps cannot be noted: {e}"));
+        }
+        {
+            let mut pending = self.cache.pending();
+            pending.acked(upto);
+            pending.prune(self.machine.floor());
+        }
+        self.notify(notices, Box::new(|| ()));
+        self.shared.acked.store(upto.0, Ordering::Release);
+        if !conflicts.is_empty() {
+            log::warn!("{} changes lost to changes of others: see .imz-conflicts", conflicts.len());
+            self.shared.facts().conflicts += conflicts.len() as u64;
+        }
+        for (_, since, _) in &mut self.waiting {
+            *since = now;
+        }
+        for (_, _, waiter) in self.waiting.extract_if(.., |(seq, _, _)| *seq <= upto) {
+            waiter.end(Ok(()));
+        }
+        let _facts = self.shared.facts(); // so that no waiter misses it
+        self.shared.changed.notify_all();
+    }
+
+    // What goes out of the cache.
+
+    fn answer_reads(&mut self) {
+        while let Link::Up(conn) = &mut self.link {
+            if !conn.has_room(Lane::Background) {
+                return;
+            }
+            let Some((id, read)) = self.reads.pop_front() else { return };
+            let message = answer_of(&self.cache, &read);
+            if let Err(e) = conn.send(Lane::Background, id, true, &message) {
+                log::error!("an answer of {} bytes is too long: {e}", read.len);
+            }
+        }
+    }
+
+    /// Tells the machine what is in the journal, but not for each record.
+    fn look_at_journal(&mut self, now: Instant) {
+        match self.look_at {
+            Some(at) if now < at => return,
+            None if !self.cache.bell.is_rung() => return,
+            _ => {}
+        }
+        let settled = self.cache.log.settled_through();
+        if settled <= self.settled {
+            self.look_at = None;
+            self.cache.bell.rearm();
+            if self.cache.log.settled_through() > self.settled {
+                self.cache.bell.ring();
+            }
+            return;
+        }
+        (self.settled, self.look_at) = (settled, Some(now + BELL_PAUSE));
+        self.flush_at.get_or_insert(now + FLUSH_AFTER);
+        let (written_len, oldest_ns) = {
+            let pending = self.cache.pending();
+            (pending.written_len(), pending.oldest_ns())
+        };
+        let age = oldest_ns.map_or(Duration::ZERO, super::age_of);
+        let oldest_at = now.checked_sub(age).unwrap_or(now);
+        self.machine.on_bell(Bell { settled, written_len, oldest_at }, now);
+        self.turn(now);
+    }
+
+    // Housekeeping.
+
+    fn keep_house(&mut self, now: Instant) {
+        if self.flush_at.is_some_and(|at| now >= at) {
+            self.flush_at = None;
+            self.worker.give(Job::Flush);
+        }
+        if now >= self.keep_at {
+            self.keep(now);
+        }
+        let late = |since: &Instant| now >= *since + policy::TIMEOUT;
+        let online = self.machine.is_online();
+        for (_, since, _) in &mut self.waiting {
+            if online && late(since) {
+                *since = now; // the server is there, and works
+            }
+        }
+        for (_, _, waiter) in self.waiting.extract_if(.., |(_, since, _)| late(since)) {
+            waiter.end(Err(Unmet::Unreachable));
+        }
+        let floor = self.machine.floor();
+        self.cache.pending().prune(floor);
+        let passed = now.saturating_duration_since(self.rate.since);
+        if passed >= FLUSH_AFTER {
+            let out = match &self.link {
+                Link::Up(conn) => conn.bytes_out(),
+                _ => self.rate.out,
+            };
+            let fresh = out.saturating_sub(self.rate.out) as f64 / passed.as_secs_f64();
+            let per_second = (self.rate.per_second * 2.0 + fresh) / 3.0;
+            self.rate = Rate { since: now, out, per_second };
+        }
+        let mut facts = self.shared.facts();
+        facts.rate = self.rate.per_second as u64;
+        facts.requests_foreground = self.machine.requests_foreground();
+        facts.shipped_len = self.machine.shipped_len();
+    }
+
+    fn keep(&mut self, now: Instant) {
+        self.keep_at = now + KEEP_EVERY;
+        self.kept = (self.machine.acked(), self.machine.current());
+        self.worker.give(Job::Keep { acked: self.kept.0, current: self.kept.1 });
+    }
+
+    fn finish(mut self) {
+        self.keep(Instant::now());
+        self.link = Link::None;
+        self.cache.set_online(false);
+        self.worker.finish();
+        self.shared.facts().connected = false;
+        // Waiters that are left are told by being dropped, here and in the inbox.
+    }
+}
+
+fn remote(object: Object) -> Remote {
+    let xattrs = object.xattrs.into_iter().map(|x| (x.name, x.value)).collect();
+    let Object { fid, stamp, attr, target, .. } = object;
+    Remote { fid, stamp, attr, target, xattrs }
+}
+
+fn remote_page(page: Page) -> RemotePage {
+    let entries = page.entries.into_iter().map(|e| (e.name, remote(e.object))).collect();
+    RemotePage { dir: remote(page.dir), entries }
+}
+
+/// What is missing of `at..at + len`, and behind it; `None` when all is here.
+fn bytes_of(cache: &Cache, fid: Fid, at: u64, len: u64) -> Result<Option<Bytes>, TreeError> {
+    let file = cache.open_object(fid, o::RDONLY | o::NONBLOCK)?;
+    let Some(meta) = cache.tree.meta_of(&file)? else { return Ok(None) };
+    let granule_len = meta.granule_len();
+    let starts = |from: u64, to: u64| {
+        let (mut starts, mut next) = (Vec::new(), from);
+        while next < to {
+            let Some((start, len)) = meta.missing(next, to - next) else { break };
+            let first = (start.max(next) / granule_len) * granule_len;
+            starts.extend((first..start + len).step_by(granule_len as usize));
+            next = start + len;
+        }
+        starts
+    };
+    let need = starts(at, at.saturating_add(len).min(meta.base_size));
+    let Some(last) = need.last() else { return Ok(None) };
+    let from = last + granule_len;
+    let window = granule_len * u64::from(policy::READ_AHEAD_MAX);
+    let ahead = starts(from, (from + window).min(meta.base_size));
+    let (stamp, base_size) = (meta.stamp, meta.base_size);
+    Ok(Some(Bytes { fid, stamp, granule_len, base_size, need, ahead }))
+}
+
+/// The answer to a read of the server's.
+fn answer_of(cache: &Cache, read: &Read) -> Message {
+    let failed = |code, what: String| Failed { code, what }.into();
+    let answer = || -> Result<Message, TreeError> {
+        let file = cache.open_object(read.fid, o::RDONLY | o::NONBLOCK)?;
+        let stat = fs::fstat(&file)?;
+        if stat.kind() != Kind::File {
+            return Err(TreeError::Gone(read.fid));
+        }
+        let mut bytes = vec![0; read.len.min(RANGE_LEN_MAX) as usize];
+        let len = read_full(&file, &mut bytes, read.at)?;
+        bytes.truncate(len);
+        let mut hasher = DefaultHasher::new();
+        (stat.size, stat.mtime, stat.ctime).hash(&mut hasher);
+        Ok(Data { at: read.at, bytes, size: stat.size, token: hasher.finish() }.into())
+    };
+    match answer() {
+        Ok(message) => message,
+        Err(TreeError::Gone(_) | TreeError::Os(Errno::NOENT | Errno::LOOP)) => {
+            failed(Code::Gone, "the file is gone".to_owned())
+        }
+        Err(e) => failed(Code::Io, e.to_string()),
+    }
+}
+
+/// Reads until the end of the file or of `into`.
+pub(super) fn read_full(file: impl AsFd, into: &mut [u8], at: u64) -> Result<usize, Errno> {
+    let mut got = 0;
+    while got < into.len() {
+        match fs::pread(&file, &mut into[got..], at + got as u64) {
+            Ok(0) => break,
+            Ok(count) => got += count,
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(got)
+}
