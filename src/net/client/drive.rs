@@ -61,6 +61,8 @@ pub(super) struct Driver {
     flush_at: Option<Instant>,
     keep_at: Instant,
     kept: (Seq, Stamp),
+    /// the cache has changed since everything was made durable
+    changed: bool,
     rate: Rate,
     stop: bool,
 }
@@ -125,6 +127,7 @@ impl Driver {
             flush_at: None,
             keep_at: now + KEEP_EVERY,
             kept: (acked, current),
+            changed: false,
             rate: Rate { since: now, out: 0, per_second: 0.0 },
             stop: false,
             cache,
@@ -173,11 +176,14 @@ impl Driver {
             return Instant::now();
         }
         let waiting = self.waiting.iter().map(|(_, since, _)| *since + policy::TIMEOUT).min();
-        let must_keep = self.kept != (self.machine.acked(), self.machine.current());
-        let keep = (must_keep || self.flush_at.is_some()).then_some(self.keep_at);
+        let keep = self.must_keep().then_some(self.keep_at);
         let moving = (self.rate.per_second > 1.0).then(|| self.rate.since + FLUSH_AFTER);
         let all = [waiting, self.look_at, self.flush_at, keep, moving];
         all.into_iter().flatten().fold(self.machine.wake_at(), Instant::min)
+    }
+
+    fn must_keep(&self) -> bool {
+        self.changed || self.kept != (self.machine.acked(), self.machine.current())
     }
 
     /// Carries out what the machine decided, until it has nothing more to say.
@@ -271,7 +277,10 @@ impl Driver {
             Effect::MergePage { .. }
             | Effect::FinishListing { .. }
             | Effect::SetObject { .. }
-            | Effect::WriteRange { .. } => self.take_in(effect),
+            | Effect::WriteRange { .. } => {
+                self.note_change(now);
+                self.take_in(effect);
+            }
             Effect::MarkStale { break_id, fids } => self.mark_stale(break_id, &fids),
             Effect::BumpEpoch => self.bump_epoch(),
             Effect::CutBatch { after, upto } => {
@@ -597,7 +606,7 @@ impl Driver {
             return;
         }
         (self.settled, self.look_at) = (settled, Some(now + BELL_PAUSE));
-        self.flush_at.get_or_insert(now + FLUSH_AFTER);
+        self.note_change(now);
         let (written_len, oldest_ns) = {
             let pending = self.cache.pending();
             (pending.written_len(), pending.oldest_ns())
@@ -610,12 +619,17 @@ impl Driver {
 
     // Housekeeping.
 
+    fn note_change(&mut self, now: Instant) {
+        self.changed = true;
+        self.flush_at.get_or_insert(now + FLUSH_AFTER);
+    }
+
     fn keep_house(&mut self, now: Instant) {
         if self.flush_at.is_some_and(|at| now >= at) {
             self.flush_at = None;
             self.worker.give(Job::Flush);
         }
-        if now >= self.keep_at {
+        if now >= self.keep_at && self.must_keep() {
             self.keep(now);
         }
         let late = |since: &Instant| now >= *since + policy::TIMEOUT;
@@ -647,7 +661,7 @@ impl Driver {
     }
 
     fn keep(&mut self, now: Instant) {
-        self.keep_at = now + KEEP_EVERY;
+        (self.keep_at, self.changed) = (now + KEEP_EVERY, false);
         self.kept = (self.machine.acked(), self.machine.current());
         self.worker.give(Job::Keep { acked: self.kept.0, current: self.kept.1 });
     }

@@ -111,7 +111,7 @@ fn keep(cache: &Cache, acked: Seq, current: Stamp) -> Result<(), CacheError> {
     if acked != before {
         cache.set_acked(acked)?;
     }
-    if current > cache.current_stamp() || current == Stamp(0) {
+    if current != cache.current_stamp() {
         cache.set_current_stamp(current)?;
     }
     cache.log.trim(acked)?;
