@@ -9,6 +9,7 @@ pub mod cli;
 pub mod modes;
 
 pub mod net;
+pub mod presto;
 
 pub mod lento;
 pub mod replica;

@@ -3,6 +3,10 @@
 
 pub mod client;
 mod fetch;
+pub mod intake;
 pub mod message;
 pub mod policy;
+pub mod promises;
+pub mod reint;
+pub mod server;
 pub mod ship;

@@ -1,7 +1,9 @@
 //! The outside world: sockets, timers, and the effects of lento's decisions.
 
+pub mod answer;
 pub mod client;
 pub mod conn;
 pub mod control;
 pub mod frame;
 pub mod poll;
+pub mod server;

@@ -18,3 +18,11 @@ pub mod hydrate;
 pub mod limbo;
 pub mod merge;
 pub mod pending;
+
+pub mod apply;
+mod certify;
+mod conflict;
+mod nodes;
+mod redo;
+mod spool;
+pub mod volume;

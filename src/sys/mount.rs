@@ -34,6 +34,21 @@ fn parse(mountinfo: &[u8]) -> Vec<PathBuf> {
     mountinfo.split(|&b| b == b'\n').filter_map(point).collect()
 }
 
+/// The type of the file system that an absolute path is on, for messages.
+pub fn type_of(path: &Path) -> Option<String> {
+    let text = std::fs::read("/proc/self/mountinfo").ok()?;
+    let mounted = |line: &[u8]| {
+        let mut fields = line.split(|&b| b == b' ');
+        let point = unescape(fields.nth(4)?);
+        fields.find(|field| field == b"-")?;
+        let fs_type = String::from_utf8_lossy(fields.next()?).into_owned();
+        path.starts_with(&point).then_some((point.as_os_str().len(), fs_type))
+    };
+    // the last of two on one mount point is the one that is seen
+    let found = text.split(|&b| b == b'\n').filter_map(mounted).max_by_key(|(len, _)| *len);
+    found.map(|(_, fs_type)| fs_type)
+}
+
 /// `\040` and the like become the bytes that they stand for.
 fn unescape(text: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(text.len());

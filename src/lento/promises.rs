@@ -1,0 +1,237 @@
+//! Who was promised to be told before an object changes. Pure: no I/O, no clock.
+//!
+//! A promise is made with every object that is given out, and ends when its break is sent, or with
+//! the connection. Two kinds of holders are not kept by object: a client that came back and trusts
+//! its whole cache (`blanket`: it hears of every first break), and one that holds more than
+//! [`PROMISES_MAX`] (`all`: it hears of every break, so the memory for a client is bounded).
+//! A promise costs 40 to 80 bytes, and less for each further holder of the object.
+//! Source: the callbacks of AFS.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::kml::record::Fid;
+
+/// Most promises that are kept one by one for a client.
+pub const PROMISES_MAX: usize = 1 << 20;
+
+/// A connection's number; never used twice in a process.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct ConnId(pub u32);
+
+/// Which of the two breaks of a change this is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Round {
+    /// before the change is applied: everybody who may hold the objects
+    Before,
+    /// after it: those who fetched the objects in between
+    After,
+}
+
+/// Almost always one client holds an object: no allocation for it.
+#[derive(Debug)]
+enum Holders {
+    One(ConnId),
+    Many(Box<[ConnId]>),
+}
+
+impl Holders {
+    fn as_slice(&self) -> &[ConnId] {
+        match self {
+            Holders::One(conn) => std::slice::from_ref(conn),
+            Holders::Many(conns) => conns,
+        }
+    }
+    fn of(conns: Vec<ConnId>) -> Option<Holders> {
+        match conns[..] {
+            [] => None,
+            [one] => Some(Holders::One(one)),
+            _ => Some(Holders::Many(conns.into())),
+        }
+    }
+}
+
+#[derive(Default, Debug)]
+struct Holder {
+    count: usize,
+    blanket: bool,
+    all: bool,
+}
+
+/// The promises of one volume.
+#[derive(Debug)]
+pub struct Promises {
+    objects: HashMap<Fid, Holders>,
+    holders: BTreeMap<ConnId, Holder>,
+    count_max: usize,
+}
+
+impl Promises {
+    /// `count_max`: promises kept one by one for each client.
+    pub fn new(count_max: usize) -> Promises {
+        Promises { objects: HashMap::new(), holders: BTreeMap::new(), count_max }
+    }
+    /// The client was given the object.
+    pub fn give(&mut self, conn: ConnId, fid: Fid) {
+        let holder = self.holders.entry(conn).or_default();
+        if holder.all {
+            return;
+        }
+        match self.objects.get_mut(&fid) {
+            None => {
+                self.objects.insert(fid, Holders::One(conn));
+            }
+            Some(holders) if holders.as_slice().contains(&conn) => return,
+            Some(holders) => {
+                let both = holders.as_slice().iter().copied().chain([conn]);
+                *holders = Holders::Many(both.collect());
+            }
+        }
+        holder.count += 1;
+        if holder.count > self.count_max {
+            *holder = Holder { count: 0, blanket: false, all: true };
+            self.drop_objects(conn);
+        }
+    }
+    /// The client trusts everything in its cache from now on.
+    pub fn give_blanket(&mut self, conn: ConnId) {
+        self.holders.entry(conn).or_default().blanket = true;
+    }
+    /// Ends the promises for these objects, but for the author of their change, and says who must
+    /// be told of which.
+    pub fn take(
+        &mut self,
+        fids: &[Fid],
+        author: ConnId,
+        round: Round,
+    ) -> BTreeMap<ConnId, Vec<Fid>> {
+        let mut out: BTreeMap<ConnId, Vec<Fid>> = BTreeMap::new();
+        let mut every: Vec<ConnId> = Vec::new();
+        for (conn, holder) in &self.holders {
+            let hears = holder.all || (holder.blanket && round == Round::Before);
+            if hears && *conn != author {
+                every.push(*conn);
+            }
+        }
+        for fid in fids {
+            for conn in &every {
+                out.entry(*conn).or_default().push(*fid);
+            }
+            let Some(holders) = self.objects.remove(fid) else { continue };
+            let held = holders.as_slice();
+            for conn in held.iter().filter(|conn| **conn != author) {
+                if let Some(holder) = self.holders.get_mut(conn) {
+                    holder.count -= 1;
+                }
+                if !every.contains(conn) {
+                    out.entry(*conn).or_default().push(*fid);
+                }
+            }
+            if held.contains(&author) {
+                self.objects.insert(*fid, Holders::One(author));
+            }
+        }
+        out
+    }
+    /// The client is gone, and its promises with it.
+    pub fn forget(&mut self, conn: ConnId) {
+        if self.holders.remove(&conn).is_some_and(|holder| holder.count > 0) {
+            self.drop_objects(conn);
+        }
+    }
+    /// Objects that somebody holds a promise for, one by one.
+    pub fn len(&self) -> usize {
+        self.objects.len()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+
+    fn drop_objects(&mut self, conn: ConnId) {
+        self.objects.retain(|_, holders| {
+            if holders.as_slice().contains(&conn) {
+                let rest = holders.as_slice().iter().copied().filter(|c| *c != conn).collect();
+                match Holders::of(rest) {
+                    Some(rest) => *holders = rest,
+                    None => return false,
+                }
+            }
+            true
+        });
+        self.objects.shrink_to_fit();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: ConnId = ConnId(1);
+    const B: ConnId = ConnId(2);
+    const C: ConnId = ConnId(3);
+
+    fn promises() -> Promises {
+        let mut p = Promises::new(100);
+        for (conn, fid) in [(A, 10), (B, 10), (B, 11), (C, 12)] {
+            p.give(conn, Fid(fid));
+        }
+        p
+    }
+
+    fn list(of: &BTreeMap<ConnId, Vec<Fid>>) -> Vec<(ConnId, Vec<u64>)> {
+        of.iter().map(|(c, f)| (*c, f.iter().map(|f| f.0).collect())).collect()
+    }
+
+    #[test]
+    fn a_break_goes_to_the_holders_and_not_to_the_author() {
+        let mut p = promises();
+        let out = p.take(&[Fid(10), Fid(11), Fid(99)], A, Round::Before);
+        assert_eq!(list(&out), [(B, vec![10, 11])]);
+        let again = p.take(&[Fid(10), Fid(11)], C, Round::Before);
+        assert_eq!(list(&again), [(A, vec![10])], "the author's own promise stays");
+    }
+
+    #[test]
+    fn a_client_that_fetched_in_between_is_told_again() {
+        let mut p = promises();
+        p.take(&[Fid(10)], A, Round::Before);
+        assert!(p.take(&[Fid(10)], A, Round::After).is_empty());
+        p.give(B, Fid(10));
+        assert_eq!(list(&p.take(&[Fid(10)], A, Round::After)), [(B, vec![10])]);
+    }
+
+    #[test]
+    fn a_blanket_client_hears_of_everything_once() {
+        let mut p = promises();
+        p.give_blanket(C);
+        let out = p.take(&[Fid(7), Fid(12)], A, Round::Before);
+        assert_eq!(list(&out), [(C, vec![7, 12])]);
+        assert!(p.take(&[Fid(7), Fid(12)], A, Round::After).is_empty());
+        assert!(p.take(&[Fid(7)], C, Round::Before).is_empty(), "its own change");
+    }
+
+    #[test]
+    fn too_many_promises_become_one_for_all() {
+        let mut p = promises();
+        for fid in 100..=201 {
+            p.give(A, Fid(fid));
+        }
+        assert_eq!(p.len(), 3, "only those of B and C are kept one by one");
+        assert_eq!(list(&p.take(&[Fid(5)], B, Round::Before)), [(A, vec![5])]);
+        assert_eq!(list(&p.take(&[Fid(5)], B, Round::After)), [(A, vec![5])]);
+    }
+
+    #[test]
+    fn promises_end_with_the_connection() {
+        let mut p = promises();
+        p.forget(B);
+        assert_eq!(list(&p.take(&[Fid(10), Fid(11)], C, Round::Before)), [(A, vec![10])]);
+        p.forget(A);
+        p.forget(C);
+        assert!(p.is_empty());
+    }
+
+    #[test]
+    fn the_memory_for_a_promise_is_small() {
+        assert!(size_of::<(Fid, Holders)>() <= 24);
+    }
+}

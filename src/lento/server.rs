@@ -1,0 +1,491 @@
+//! The file server as a machine: who is connected, who was promised what, whose batch is where.
+//!
+//! ```text
+//!   peer:   Greeting --Hello--> Asked --on_met--> Live --silence, garbage, end--> gone
+//!   batch:  Fetching --contents are here--> Breaking --pongs--> Applying --on_applied-->
+//!           Settling --synced, and pongs of the second round--> Acked     (reint.rs)
+//! ```
+//!
+//! Promises of the objects that a batch touches are broken before it is applied, and its author
+//! hears that it is durable only after everybody who fetched one of them in between was told once
+//! more. A stamp that a client hears is durable. Everything ordered goes out in one lane: a
+//! `Break` before the `Pong`, `Changes` or `Acked` whose stamp covers it.
+//! No socket, no clock, no file: the owner carries out the [`Effect`]s and reports back. Every
+//! wait has a bound ([`Settings`]); who passes it loses the connection, and with it the promises.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use crate::kml::record::{Fid, Seq, Stamp};
+
+use super::intake::{Change, Key};
+use super::message::{Code, Failed, Hello, Message, Ping, Pong, Refused, VERSION, Welcome};
+use super::promises::{ConnId, PROMISES_MAX, Promises, Round};
+use super::reint::{Batch, Parked, Ticket, ToRead};
+
+/// The bounds of every wait and queue.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// until the first message
+    pub greet_max: Duration,
+    /// of a peer, until it is asked whether it lives
+    pub ping_after: Duration,
+    /// of a peer, until it is gone
+    pub silence_max: Duration,
+    /// until a break is answered
+    pub break_max: Duration,
+    /// until a piece of a file that was asked for is here
+    pub fetch_max: Duration,
+    pub peers_max: usize,
+    /// batches of one client that wait or are worked on
+    pub batches_max: usize,
+    /// pieces of 1 MiB that are fetched from one client at a time
+    pub window: usize,
+    /// contents that came with batches, all clients together, bytes
+    pub queue_len_max: usize,
+    /// promises kept one by one for a client
+    pub promises_max: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            greet_max: Duration::from_secs(10),
+            ping_after: Duration::from_secs(3),
+            silence_max: Duration::from_secs(10),
+            break_max: Duration::from_secs(10),
+            fetch_max: Duration::from_secs(30),
+            peers_max: 4096,
+            batches_max: 8,
+            window: 4,
+            queue_len_max: 256 << 20,
+            promises_max: PROMISES_MAX,
+        }
+    }
+}
+
+/// A volume's place in the server's list.
+pub type VolumeNo = usize;
+
+/// Why a connection is closed. The text is for the log.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Why {
+    #[error("it did not say hello in time")]
+    NoHello,
+    #[error("its first message is not hello")]
+    Impolite,
+    #[error("it was silent for too long")]
+    Silent,
+    #[error("it did not answer a break in time")]
+    BreakUnanswered,
+    #[error("it did not send a piece of a file in time")]
+    FetchUnanswered,
+    #[error("message {0} out of turn")]
+    OutOfTurn(u16),
+    #[error("it was refused: {0}")]
+    Refused(String),
+    #[error("the same client has a newer connection")]
+    Replaced,
+    #[error("its batch makes no sense: {0}")]
+    BadBatch(String),
+}
+
+/// What the owner must do.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Effect {
+    /// `background`: it may be overtaken
+    Send { conn: ConnId, background: bool, id: u64, answer: bool, message: Message },
+    /// send what is queued, as far as that goes at once, and close; no `on_closed` follows
+    Close { conn: ConnId, why: Why },
+    /// find the client's number; `on_met` or `on_unmet` follows
+    Meet { conn: ConnId, volume: VolumeNo, hello: Hello },
+    /// answer a `List`, `Stat`, `Read`, `Since` or `Statfs`; `on_answer` follows
+    Ask { conn: ConnId, id: u64, volume: VolumeNo, node: u32, request: Message },
+    /// keep a piece of a store's content; `on_spool_failed` may follow
+    Spool { volume: VolumeNo, key: Key, at: u64, bytes: Vec<u8> },
+    /// forget what was kept of it
+    Unspool { volume: VolumeNo, key: Key },
+    /// apply these records of a node, in order; `on_applied` follows
+    Apply { volume: VolumeNo, ticket: Ticket, node: u32, upto: Seq, changes: Vec<Change> },
+    /// make durable what was applied so far; `on_synced` follows
+    Sync { volume: VolumeNo },
+}
+
+/// A volume as the machine knows it.
+pub(super) struct Volume {
+    pub(super) name: String,
+    pub(super) id: [u8; 16],
+    /// newest stamp that a power cut cannot take back
+    pub(super) durable: Stamp,
+    pub(super) promises: Promises,
+    /// batches that were applied
+    pub(super) applied: u64,
+    /// of these, how many the sync under way covers
+    pub(super) syncing: Option<u64>,
+    /// its journal takes nothing more
+    pub(super) dead: bool,
+    pub(super) nodes: HashMap<u32, ConnId>,
+    /// contents that were half fetched when their client went away
+    pub(super) parked: Parked,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum State {
+    Greeting,
+    Asked,
+    Live,
+}
+
+pub(super) struct Peer {
+    pub(super) state: State,
+    opened_at: Instant,
+    heard_at: Instant,
+    pinged: bool,
+    host: String,
+    hello_id: u64,
+    pub(super) volume: VolumeNo,
+    pub(super) node: u32,
+    /// `upto` of the last batch that was taken in
+    pub(super) expected: Seq,
+    pub(super) batches: VecDeque<Batch>,
+    pub(super) reads: HashMap<u64, ToRead>,
+}
+
+impl Peer {
+    pub(super) fn heard(&mut self, now: Instant) {
+        self.heard_at = now;
+        self.pinged = false;
+    }
+}
+
+pub(super) struct BreakWait {
+    pub(super) ticket: Ticket,
+    pub(super) until: Instant,
+}
+
+/// For people: one connection.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Client {
+    pub host: String,
+    pub volume: String,
+    pub node: u32,
+    /// batches that wait or are worked on
+    pub batches: usize,
+}
+
+pub struct Server {
+    pub(super) settings: Settings,
+    pub(super) volumes: Vec<Volume>,
+    pub(super) peers: BTreeMap<ConnId, Peer>,
+    /// by the id of the request
+    pub(super) breaks: HashMap<(ConnId, u64), BreakWait>,
+    pub(super) effects: VecDeque<Effect>,
+    pub(super) last_id: u64,
+    pub(super) last_ticket: Ticket,
+    /// contents of queued batches, bytes
+    pub(super) queue_len: usize,
+}
+
+impl Server {
+    pub fn new(settings: Settings) -> Server {
+        Server {
+            settings,
+            volumes: Vec::new(),
+            peers: BTreeMap::new(),
+            breaks: HashMap::new(),
+            effects: VecDeque::new(),
+            last_id: 0,
+            last_ticket: Ticket(0),
+            queue_len: 0,
+        }
+    }
+    /// Before the first connection. `durable`: the volume's stamp.
+    pub fn add_volume(&mut self, name: &str, id: [u8; 16], durable: Stamp) -> VolumeNo {
+        self.volumes.push(Volume {
+            name: name.to_owned(),
+            id,
+            durable,
+            promises: Promises::new(self.settings.promises_max),
+            applied: 0,
+            syncing: None,
+            dead: false,
+            nodes: HashMap::new(),
+            parked: Parked::default(),
+        });
+        self.volumes.len() - 1
+    }
+    /// The next thing to do.
+    pub fn poll(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+    pub fn clients(&self) -> Vec<Client> {
+        let live = self.peers.values().filter(|peer| peer.state == State::Live);
+        live.map(|peer| Client {
+            host: peer.host.clone(),
+            volume: self.volumes[peer.volume].name.clone(),
+            node: peer.node,
+            batches: peer.batches.len(),
+        })
+        .collect()
+    }
+    /// Whether nothing is under way that a clean stop would wait for.
+    pub fn is_idle(&self) -> bool {
+        self.volumes.iter().all(|volume| volume.syncing.is_none())
+            && self.peers.values().all(|peer| !peer.batches.iter().any(Batch::is_applied))
+    }
+
+    pub fn on_connect(&mut self, conn: ConnId, now: Instant) {
+        let peer = Peer {
+            state: State::Greeting,
+            opened_at: now,
+            heard_at: now,
+            pinged: false,
+            host: String::new(),
+            hello_id: 0,
+            volume: 0,
+            node: 0,
+            expected: Seq(0),
+            batches: VecDeque::new(),
+            reads: HashMap::new(),
+        };
+        self.peers.insert(conn, peer);
+    }
+    /// The connection has ended by itself.
+    pub fn on_closed(&mut self, conn: ConnId, now: Instant) {
+        let Some(peer) = self.peers.remove(&conn) else { return };
+        let volume = &mut self.volumes[peer.volume];
+        volume.promises.forget(conn);
+        if volume.nodes.get(&peer.node) == Some(&conn) {
+            volume.nodes.remove(&peer.node);
+        }
+        for batch in peer.batches {
+            self.queue_len -= batch.len();
+            for fetch in batch.into_fetches() {
+                if let Some(key) = volume.parked.put(fetch) {
+                    self.effects.push_back(Effect::Unspool { volume: peer.volume, key });
+                }
+            }
+        }
+        let waits: Vec<u64> =
+            self.breaks.keys().filter(|(of, _)| *of == conn).map(|(_, id)| *id).collect();
+        for id in waits {
+            self.on_break_over(conn, id, now);
+        }
+    }
+
+    /// Anything but a batch, which its owner takes apart first ([`Server::on_batch`]).
+    pub fn on_message(
+        &mut self,
+        conn: ConnId,
+        id: u64,
+        answer: bool,
+        message: Message,
+        now: Instant,
+    ) {
+        let Some(peer) = self.peers.get_mut(&conn) else { return };
+        peer.heard(now);
+        let (state, volume, node) = (peer.state, peer.volume, peer.node);
+        let op = message.op();
+        match (state, message) {
+            (State::Greeting, Message::Hello(hello)) if !answer => {
+                peer.hello_id = id;
+                self.on_hello(conn, hello, now);
+            }
+            (State::Greeting, _) => self.close(conn, Why::Impolite, now),
+            (State::Live, Message::Pong(_)) if answer => self.on_break_over(conn, id, now),
+            (State::Live, Message::Data(data)) if answer => self.on_data(conn, id, data, now),
+            (State::Live, Message::Failed(failed)) if answer => {
+                self.on_failed(conn, id, failed, now);
+            }
+            (State::Live, Message::Ping(_)) => {
+                let pong = Pong { stamp: self.volumes[volume].durable };
+                self.answer(conn, id, pong.into());
+            }
+            (
+                State::Live,
+                request @ (Message::List(_)
+                | Message::Stat(_)
+                | Message::Read(_)
+                | Message::Since(_)
+                | Message::Statfs(_)),
+            ) if !answer => {
+                if let Message::Since(_) = request {
+                    // before the history is read: what comes after it is broken to the client
+                    self.volumes[volume].promises.give_blanket(conn);
+                }
+                self.effects.push_back(Effect::Ask { conn, id, volume, node, request });
+            }
+            _ => self.close(conn, Why::OutOfTurn(op), now),
+        }
+    }
+
+    /// A batch came that its owner could not take apart.
+    pub fn on_garbage(&mut self, conn: ConnId, what: &str, now: Instant) {
+        self.close(conn, Why::BadBatch(what.to_owned()), now);
+    }
+    fn on_hello(&mut self, conn: ConnId, hello: Hello, now: Instant) {
+        let named = match (&hello.volume[..], &self.volumes[..]) {
+            ("", [_]) => Some(0),
+            (name, all) => all.iter().position(|volume| volume.name == name),
+        };
+        let refusal = if hello.version != VERSION {
+            let what = format!("this server speaks version {VERSION} of the protocol");
+            Some((Code::WrongVersion, format!("{what}, the client version {}", hello.version)))
+        } else if self.peers.len() > self.settings.peers_max {
+            Some((Code::TooManyClients, format!("{} clients are connected", self.peers.len() - 1)))
+        } else if let Some(no) = named {
+            let foreign = hello.volume_id != [0; 16] && hello.volume_id != self.volumes[no].id;
+            let name = &self.volumes[no].name;
+            foreign.then(|| (Code::ForeignCache, format!("the cache is not of this {name}")))
+        } else {
+            let names: Vec<&str> = self.volumes.iter().map(|v| &v.name[..]).take(16).collect();
+            let what = format!("no volume {:?}; there are: {}", hello.volume, names.join(", "));
+            Some((Code::UnknownVolume, what.chars().take(512).collect()))
+        };
+        match (refusal, named, self.peers.get_mut(&conn)) {
+            (None, Some(volume), Some(peer)) => {
+                peer.state = State::Asked;
+                peer.volume = volume;
+                peer.host.clone_from(&hello.host);
+                self.effects.push_back(Effect::Meet { conn, volume, hello });
+            }
+            (Some((code, what)), _, _) => self.refuse(conn, code, what, now),
+            _ => {}
+        }
+    }
+    /// The client is `node`, and everything up to `acked` of it is kept durably.
+    pub fn on_met(&mut self, conn: ConnId, node: u32, acked: Seq, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&conn) else { return };
+        (peer.state, peer.node, peer.expected) = (State::Live, node, acked);
+        let (no, id) = (peer.volume, peer.hello_id);
+        let volume = &mut self.volumes[no];
+        let before = volume.nodes.insert(node, conn);
+        let welcome = Welcome {
+            version: VERSION,
+            volume_id: volume.id,
+            node,
+            acked,
+            stamp: volume.durable,
+            volume: volume.name.clone(),
+        };
+        self.answer(conn, id, welcome.into());
+        if let Some(before) = before.filter(|before| *before != conn) {
+            self.close(before, Why::Replaced, now);
+        }
+    }
+    /// The client cannot be taken.
+    pub fn on_unmet(&mut self, conn: ConnId, code: Code, what: String, now: Instant) {
+        self.refuse(conn, code, what, now);
+    }
+    /// A request was answered; `given` are the objects whose state stands in the answer.
+    pub fn on_answer(&mut self, conn: ConnId, id: u64, message: Message, given: &[Fid]) {
+        let Some(peer) = self.peers.get(&conn) else { return };
+        let volume = &mut self.volumes[peer.volume];
+        for fid in given {
+            volume.promises.give(conn, *fid);
+        }
+        let message = match message {
+            // what a power cut may take back is no place to go on from
+            Message::Changes(mut changes) => {
+                changes.upto = changes.upto.min(volume.durable);
+                changes.into()
+            }
+            other => other,
+        };
+        self.answer(conn, id, message);
+    }
+
+    /// The instant at which [`Server::wake`] has something to do.
+    pub fn wake_at(&self) -> Option<Instant> {
+        let of_peer = |peer: &Peer| {
+            let s = &self.settings;
+            let silent = match (peer.state, peer.pinged) {
+                (State::Live, false) => peer.heard_at + s.ping_after,
+                (State::Live, true) => peer.heard_at + s.silence_max,
+                _ => peer.opened_at + s.greet_max,
+            };
+            let fetch = peer.reads.values().map(|read| read.until).min();
+            fetch.map_or(silent, |fetch| fetch.min(silent))
+        };
+        let breaks = self.breaks.values().map(|wait| wait.until);
+        self.peers.values().map(of_peer).chain(breaks).min()
+    }
+    /// Time has passed.
+    pub fn wake(&mut self, now: Instant) {
+        let mut late: Vec<(ConnId, Why)> = Vec::new();
+        let mut ask: Vec<ConnId> = Vec::new();
+        for (conn, peer) in &mut self.peers {
+            let silence = now.saturating_duration_since(peer.heard_at);
+            let opened = now.saturating_duration_since(peer.opened_at);
+            if peer.state != State::Live {
+                if opened >= self.settings.greet_max {
+                    late.push((*conn, Why::NoHello));
+                }
+            } else if silence >= self.settings.silence_max {
+                late.push((*conn, Why::Silent));
+            } else if peer.reads.values().any(|read| read.until <= now) {
+                late.push((*conn, Why::FetchUnanswered));
+            } else if silence >= self.settings.ping_after && !peer.pinged {
+                peer.pinged = true;
+                ask.push(*conn);
+            }
+        }
+        let overdue = self.breaks.iter().filter(|(_, wait)| wait.until <= now);
+        late.extend(overdue.map(|((conn, _), _)| (*conn, Why::BreakUnanswered)));
+        for conn in ask {
+            self.request(conn, false, Ping {}.into());
+        }
+        for (conn, why) in late {
+            self.close(conn, why, now);
+        }
+    }
+
+    /// Tells the holders of these objects, and lets the batch wait for their answers.
+    pub(super) fn send_breaks(
+        &mut self,
+        (conn, ticket): (ConnId, Ticket),
+        volume: VolumeNo,
+        fids: &[Fid],
+        round: Round,
+        now: Instant,
+    ) -> usize {
+        let told = self.volumes[volume].promises.take(fids, conn, round);
+        let count = told.len();
+        for (holder, fids) in told {
+            let id = self.request(holder, false, super::message::Break { fids }.into());
+            let until = now + self.settings.break_max;
+            self.breaks.insert((holder, id), BreakWait { ticket, until });
+        }
+        count
+    }
+
+    /// Sends a request of ours, and returns its id.
+    pub(super) fn request(&mut self, conn: ConnId, background: bool, message: Message) -> u64 {
+        self.last_id += 1;
+        let id = self.last_id;
+        self.effects.push_back(Effect::Send { conn, background, id, answer: false, message });
+        id
+    }
+    pub(super) fn answer(&mut self, conn: ConnId, id: u64, message: Message) {
+        let effect = Effect::Send { conn, background: false, id, answer: true, message };
+        self.effects.push_back(effect);
+    }
+    pub(super) fn fail(&mut self, conn: ConnId, id: u64, code: Code, what: &str) {
+        self.answer(conn, id, Failed { code, what: what.to_owned() }.into());
+    }
+    fn refuse(&mut self, conn: ConnId, code: Code, what: String, now: Instant) {
+        let Some(peer) = self.peers.get(&conn) else { return };
+        let id = peer.hello_id;
+        self.answer(conn, id, Refused { code, what: what.clone() }.into());
+        self.close(conn, Why::Refused(what), now);
+    }
+    pub(super) fn close(&mut self, conn: ConnId, why: Why, now: Instant) {
+        if self.peers.contains_key(&conn) {
+            self.effects.push_back(Effect::Close { conn, why });
+            self.on_closed(conn, now);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,134 @@
+//! Between messages and a served volume: requests answered, batches taken apart.
+//!
+//! The volume knows no messages, and the machine no files: here each is put in the other's terms.
+
+use crate::kml::codec;
+use crate::kml::record::{Fid, Seq};
+use crate::lento::intake::{self, BadBatch, Change, Content};
+use crate::lento::message::{
+    Batch, Changes, Code, Data, Entry, Failed, Message, Object, Page, Pong, Space, Stat, Status,
+    WHAT_LEN_MAX, Xattr,
+};
+use crate::lento::reint;
+use crate::replica::apply::{self, Incoming};
+use crate::replica::volume::{self, Volume, VolumeError};
+
+/// Why a batch cannot be taken apart.
+#[derive(Debug, thiserror::Error)]
+pub enum BadItems {
+    #[error("{0}")]
+    Record(#[from] codec::Fault),
+    #[error("{0}")]
+    Batch(#[from] BadBatch),
+}
+
+/// The code and the text with which a request fails.
+pub fn failure(e: &VolumeError) -> Failed {
+    let code = match e {
+        VolumeError::Gone(_) => Code::Gone,
+        VolumeError::Moved => Code::Moved,
+        VolumeError::NoRoom => Code::NoSpace,
+        VolumeError::NotAFile | VolumeError::NotADir | VolumeError::Missing { .. } => Code::Other,
+        VolumeError::Os(crate::sys::Errno::NOENT) => Code::Gone,
+        VolumeError::Os(_) | VolumeError::Tree(_) | VolumeError::Log(_) => Code::Io,
+        VolumeError::State(_) => Code::Io,
+    };
+    let what = e.to_string().chars().take(WHAT_LEN_MAX / 4).collect();
+    Failed { code, what }
+}
+
+/// The answer to a request of a client, and the objects whose state stands in it.
+pub fn answer(volume: &mut Volume, node: u32, request: &Message) -> (Message, Vec<Fid>) {
+    match try_answer(volume, node, request) {
+        Ok(answer) => answer,
+        Err(e) => {
+            log::debug!("{}: node {node}: {request:?}: {e}", volume.name());
+            (failure(&e).into(), Vec::new())
+        }
+    }
+}
+
+fn try_answer(
+    volume: &mut Volume,
+    node: u32,
+    request: &Message,
+) -> volume::Result<(Message, Vec<Fid>)> {
+    Ok(match request {
+        Message::List(list) => {
+            let found = volume.list(list.dir, &list.after)?;
+            let mut given = vec![found.dir.fid];
+            given.extend(found.entries.iter().map(|(_, object)| object.fid));
+            let entry = |(name, o)| Entry { name, object: object(o) };
+            let entries = found.entries.into_iter().map(entry).collect();
+            let page = Page { dir: object(found.dir), entries, more: found.more };
+            (page.into(), given)
+        }
+        Message::Stat(Stat { fid }) => {
+            let object = object(volume.stat(*fid)?);
+            (Status { object }.into(), vec![*fid])
+        }
+        Message::Read(read) => {
+            let piece = volume.read(read.fid, read.at, read.len, read.stamp)?;
+            let (at, size, token) = (read.at, piece.size, piece.token);
+            (Data { at, bytes: piece.bytes, size, token }.into(), vec![read.fid])
+        }
+        Message::Since(since) => {
+            let found = volume.since(since.stamp, node)?;
+            let (fids, upto) = (found.fids, found.upto);
+            (Changes { fids, upto, more: found.more, lost: found.lost }.into(), Vec::new())
+        }
+        Message::Statfs(_) => {
+            let space = volume.space()?;
+            let space = Space {
+                block_len: space.block_len,
+                blocks: space.blocks,
+                blocks_free: space.blocks_free,
+                blocks_available: space.blocks_available,
+                files: space.files,
+                files_free: space.files_free,
+            };
+            (space.into(), Vec::new())
+        }
+        _ => (Pong { stamp: volume.stamp() }.into(), Vec::new()), // the machine asks nothing else
+    })
+}
+
+fn object(of: volume::Object) -> Object {
+    let xattr = |(name, value)| Xattr { name, value };
+    let xattrs = of.xattrs.into_iter().map(xattr).collect();
+    Object { fid: of.fid, stamp: of.stamp, attr: of.attr, target: of.target, xattrs }
+}
+
+/// The records of a batch, decoded and checked.
+///
+/// # Errors
+/// The client sent what no client sends.
+pub fn changes(batch: Batch) -> Result<Vec<Change>, BadItems> {
+    let change = |item: crate::lento::message::Item| {
+        let (seq, record) = codec::decode_wire(&item.record)?;
+        Ok(intake::change(seq, record, item.data)?)
+    };
+    batch.items.into_iter().map(change).collect()
+}
+
+/// Applies the records of a batch.
+pub fn apply(volume: &mut Volume, node: u32, upto: Seq, changes: &[Change]) -> reint::Applied {
+    let list: Vec<Incoming<'_>> = changes.iter().map(incoming).collect();
+    let applied = volume.apply(node, upto, &list);
+    let failure = applied.failure.map(|e| {
+        let failed = failure(&e);
+        (failed.code, failed.what)
+    });
+    let (stamps, conflicts, also) = (applied.stamps, applied.conflicts, applied.also);
+    reint::Applied { upto: applied.upto, stamps, conflicts, also, failure }
+}
+
+fn incoming(change: &Change) -> Incoming<'_> {
+    let content = match &change.content {
+        Content::None => apply::Content::None,
+        Content::Inline(bytes) => apply::Content::Inline(bytes),
+        Content::Spooled => apply::Content::Spooled,
+        Content::Gone => apply::Content::Gone,
+    };
+    Incoming { seq: change.seq, record: &change.record, content }
+}

@@ -1,0 +1,221 @@
+//! Operations on open files: open, read, write, flush, sync, release, allocate, seek, copy.
+//!
+//! What the kernel writes by passthrough is not seen here. So a change shows by the file's times
+//! and size against those of the last store record, and is journaled at flush (each close of a
+//! writer), fsync and release (for what a mapping changed later). A table that outlives the
+//! process names the files that are open for writing: after a kill they are stored anew.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::filter::{Filter, Result, Spot, Stop, missing};
+use super::open::{Closed, Mark, Open, Way, open_backing};
+use crate::kml::record::{Fid, Op, Range, Time};
+use crate::sys::Errno;
+use crate::sys::cred::Caller;
+use crate::sys::fs::{self, Kind, o};
+
+/// Files up to this size are fetched whole when they are opened, bytes.
+const WHOLE_LEN_MAX: u64 = 4 << 20;
+
+impl Filter {
+    /// Opens a file that exists.
+    pub fn open(&self, by: Caller, fid: Fid, flags: i32) -> Result<Arc<Open>> {
+        let writer = flags & o::ACCMODE != o::RDONLY;
+        if flags & o::TRUNC != 0 && writer {
+            let wish = super::attrs::Wish { size: Some(0), ..Default::default() };
+            self.setattr(by, fid, wish)?;
+        }
+        let object = self.here(fid)?;
+        if object.stat.kind() != Kind::File {
+            return Err(Errno::INVAL.into());
+        }
+        if object.stat.size <= WHOLE_LEN_MAX
+            && let Some(miss) = missing(&object.meta, 0, u64::MAX)
+        {
+            return Err(miss);
+        }
+        let complete = object.meta.complete;
+        let way = || -> Result<Way> {
+            // Whoever had it open has closed it meanwhile: then it is looked up again.
+            let Spot::Entry(dir, name) = &object.spot else { return Err(Errno::STALE.into()) };
+            let (fd, writable) = open_backing(&**dir, name.as_bytes())?;
+            let mark = Mark::of(&fs::fstat(&fd)?);
+            let able = self.passthrough.load(Ordering::Relaxed);
+            let passthrough = able && complete && writable;
+            Ok(Way { fd, passthrough, writable, mark })
+        };
+        let open = self.open_handle(fid, writer, way)?;
+        if writer && !open.writable {
+            self.close(&open, writer)?;
+            return Err(Errno::ROFS.into());
+        }
+        Ok(open)
+    }
+
+    /// One more handle; a writer is noted where a kill cannot erase it.
+    pub fn open_handle(
+        &self,
+        fid: Fid,
+        writer: bool,
+        way: impl FnOnce() -> Result<Way>,
+    ) -> Result<Arc<Open>> {
+        let open = self.files.open(fid, writer, way)?;
+        if writer {
+            let mut state = open.state();
+            if state.slot.is_none() {
+                state.slot = self.writers.take(fid);
+                if state.slot.is_none() {
+                    drop(state);
+                    self.files.close(&open, writer);
+                    return Err(Errno::NFILE.into());
+                }
+            }
+        }
+        Ok(open)
+    }
+
+    /// Closes one handle. True when it was the object's last.
+    pub fn close(&self, open: &Open, writer: bool) -> Result<bool> {
+        let stored = if writer { self.store(open) } else { Ok(()) };
+        let Closed { last, slot } = self.files.close(open, writer);
+        // A store that failed leaves its note: the next start stores the file.
+        if let (Some(slot), Ok(())) = (slot, &stored) {
+            self.writers.release(slot);
+        }
+        stored.map(|()| last)
+    }
+
+    /// Journals that the file's data changed, if they did since the last such record.
+    pub fn store(&self, open: &Open) -> Result<()> {
+        let _object = self.cache.tree.lock_objects(&[open.fid]);
+        let stat = fs::fstat(&open.fd)?;
+        let mark = Mark::of(&stat);
+        let mut state = open.state();
+        if state.stored == mark || stat.nlink == 0 {
+            return Ok(());
+        }
+        let meta = self.cache.tree.meta_of(&open.fd)?.ok_or(Errno::STALE)?;
+        // What was written in passthrough is not known: then it is the whole file.
+        let ranges = match &state.dirty {
+            Some(ranges) if !meta.complete => within(ranges, stat.size),
+            _ => within(&[Range { at: 0, len: stat.size }], stat.size),
+        };
+        let mtime = Time { sec: stat.mtime.0, nsec: stat.mtime.1 };
+        let (fid, base, size, old_size) = (open.fid, meta.stamp, stat.size, state.stored.size);
+        let op = Op::Store { fid, base, size, mtime, ranges, old_size };
+        let path = self.cache.tree.path_by_fid(fid);
+        let by = Caller { uid: stat.uid, gid: stat.gid, umask: 0 };
+        self.change(by, path, op, |_| Ok(()))?;
+        state.stored = mark;
+        if let Some(ranges) = &mut state.dirty {
+            ranges.clear();
+        }
+        Ok(())
+    }
+
+    /// Data and journal are durable on the local disk on return.
+    pub fn fsync(&self, open: &Open) -> Result<()> {
+        fs::fdatasync(&open.fd)?;
+        self.store(open)?;
+        Ok(self.cache.log.sync(self.cache.log.last())?)
+    }
+
+    /// The directory's entries and the journal are durable on return.
+    pub fn fsync_dir(&self, fid: Fid) -> Result<()> {
+        let dir = self.cache.tree.dir(fid)?;
+        fs::fsync(&*dir)?;
+        Ok(self.cache.log.sync(self.cache.log.last())?)
+    }
+
+    /// Stops with a miss when the bytes are not all here.
+    fn bytes_here(&self, open: &Open, at: u64, len: u64) -> Result<()> {
+        let meta = self.cache.tree.meta_of(&open.fd)?.ok_or(Errno::STALE)?;
+        missing(&meta, at, len).map_or(Ok(()), Err)
+    }
+
+    pub fn read(&self, open: &Open, at: u64, len: u32) -> Result<Vec<u8>> {
+        self.bytes_here(open, at, len.into())?;
+        let mut bytes = vec![0; len as usize];
+        let mut filled = 0;
+        while filled < bytes.len() {
+            match fs::pread(&open.fd, &mut bytes[filled..], at + filled as u64)? {
+                0 => break,
+                n => filled += n,
+            }
+        }
+        bytes.truncate(filled);
+        Ok(bytes)
+    }
+
+    /// A write that comes to the daemon. `kill`: the kernel wants set-id bits gone.
+    pub fn write(&self, by: Caller, open: &Open, at: u64, bytes: &[u8], kill: bool) -> Result<u32> {
+        let end = at.checked_add(bytes.len() as u64).ok_or(Errno::FBIG)?;
+        self.bytes_here(open, at, end - at)?;
+        let _object = self.cache.tree.lock_objects(&[open.fid]);
+        if kill {
+            self.drop_set_id(by, open.fid)?;
+        }
+        fs::pwrite_all(&open.fd, bytes, at)?;
+        open.wrote(at, bytes.len() as u64);
+        Ok(bytes.len() as u32)
+    }
+
+    pub fn fallocate(&self, open: &Open, mode: u32, at: u64, len: u64) -> Result<()> {
+        // Holes, zeros and shifts change bytes that must be here to be kept right.
+        self.bytes_here(open, 0, u64::MAX)?;
+        let _object = self.cache.tree.lock_objects(&[open.fid]);
+        fs::fallocate(&open.fd, mode, at, len)?;
+        Ok(())
+    }
+
+    /// The next data (or hole) at or after `at`. What is not here counts as data.
+    pub fn seek(&self, open: &Open, at: u64, hole: bool) -> Result<u64> {
+        if self.cache.tree.meta_of(&open.fd)?.is_none_or(|meta| meta.complete) {
+            return Ok(fs::seek_sparse(&open.fd, at, hole)?);
+        }
+        let size = fs::fstat(&open.fd)?.size;
+        match (at < size, hole) {
+            (false, _) => Err(Errno::NXIO.into()),
+            (true, true) => Ok(size),
+            (true, false) => Ok(at),
+        }
+    }
+
+    pub fn copy_range(&self, from: (&Open, u64), to: (&Open, u64), len: u64) -> Result<u32> {
+        self.bytes_here(from.0, from.1, len)?;
+        self.bytes_here(to.0, to.1, len)?;
+        let len = len.min(1 << 30) as usize;
+        let _objects = self.cache.tree.lock_objects(&[from.0.fid, to.0.fid]);
+        let copied = fs::copy_range(&from.0.fd, from.1, &to.0.fd, to.1, len)?;
+        to.0.wrote(to.1, copied as u64);
+        Ok(copied as u32)
+    }
+
+    /// After a kill: what was open for writing then may have changed without a record.
+    pub fn store_what_was_open(&self) -> Result<usize> {
+        let listed = self.writers.listed();
+        for fid in &listed {
+            let Ok(fd) = self.cache.tree.open_object(*fid, o::RDONLY) else { continue };
+            let stat = fs::fstat(&fd)?;
+            let meta = self.cache.tree.meta_of(&fd)?.ok_or(Errno::STALE)?;
+            let mark = Mark::of(&fs::Stat::default());
+            let (passthrough, writable) = (meta.complete, false);
+            let way = || Ok::<_, Stop>(Way { fd, passthrough, writable, mark });
+            let open = self.files.open(*fid, false, way)?;
+            // Of a file that is not all here, whatever is here may have been written.
+            for range in meta.present(stat.size) {
+                open.wrote(range.at, range.len);
+            }
+            self.store(&open)?;
+            self.files.close(&open, false);
+        }
+        Ok(listed.len())
+    }
+}
+
+/// The ranges as far as the file goes.
+fn within(ranges: &[Range], size: u64) -> Vec<Range> {
+    let cut = |r: &Range| Range { at: r.at, len: r.len.min(size.saturating_sub(r.at)) };
+    ranges.iter().map(cut).filter(|r| r.len > 0).collect()
+}

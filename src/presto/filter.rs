@@ -1,0 +1,316 @@
+//! What all operations share: is the object here, who asks, how is a change journaled.
+//!
+//! A change is: take the objects' locks, append the record (intended), change the backing tree,
+//! settle the record (done, or void when nothing changed). A crash in between leaves an intended
+//! record, which recovery checks against the tree. `here`, `dir_here` are the one place that
+//! decides whether a request can be answered locally.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::open::{Open, OpenFiles};
+use crate::kml::codec::Outcome;
+use crate::kml::log::LogError;
+use crate::kml::record::{Fid, Name, Op, Origin, Place, ROOT, Record, Seq, Time};
+use crate::kml::writers::Writers;
+use crate::lento::client::{Bytes, Want};
+use crate::lento::message::Space;
+use crate::replica::cache::Cache;
+use crate::replica::meta::Meta;
+use crate::replica::ops::time_of_ns;
+use crate::replica::state::StateError;
+use crate::replica::tree::{Dir, TreeError, is_own};
+use crate::sys::Errno;
+use crate::sys::cred::Caller;
+use crate::sys::fs::{self, Kind, Stat};
+
+/// Granules that are asked for ahead of a reader at most.
+const AHEAD_MAX: usize = 4;
+
+/// Why an operation did not end.
+#[derive(Debug)]
+pub enum Stop {
+    /// the application gets this
+    Errno(Errno),
+    /// this must be fetched first; then the operation is tried again
+    Miss(Want),
+}
+
+pub type Result<T> = std::result::Result<T, Stop>;
+
+impl From<Errno> for Stop {
+    fn from(e: Errno) -> Stop {
+        Stop::Errno(e)
+    }
+}
+
+impl From<TreeError> for Stop {
+    fn from(e: TreeError) -> Stop {
+        if matches!(e, TreeError::Index(_) | TreeError::BadMeta(_)) {
+            log::error!("{e}");
+        }
+        Stop::Errno(e.errno())
+    }
+}
+
+impl From<LogError> for Stop {
+    fn from(e: LogError) -> Stop {
+        log::error!("journal: {e}");
+        Stop::Errno(if matches!(e, LogError::NoRoom(_)) { Errno::NOSPC } else { Errno::IO })
+    }
+}
+
+impl From<StateError> for Stop {
+    fn from(e: StateError) -> Stop {
+        log::error!("{e}");
+        Stop::Errno(Errno::IO)
+    }
+}
+
+/// An object as applications see it.
+#[derive(Clone, Debug)]
+pub struct Found {
+    pub fid: Fid,
+    pub stat: Stat,
+    /// the kernel may keep it: the promise ends it, not a timer
+    pub keep: bool,
+}
+
+/// What the filter needs of the world outside the cache. Carried out by the loop.
+pub trait Lento: Send + Sync {
+    /// Fetches what is wanted, then calls `done`, on whatever thread; always, and in bounded time.
+    fn want(&self, want: Want, done: Box<dyn FnOnce(std::result::Result<(), Errno>) + Send>);
+    /// Calls `done` when the server has everything up to `seq`, or cannot be reached.
+    fn when_acked(&self, seq: Seq, done: Box<dyn FnOnce(std::result::Result<(), Errno>) + Send>);
+    /// The volume's room as last heard; does not wait.
+    fn space(&self) -> Option<Space>;
+}
+
+/// The filter of one mount.
+pub struct Filter {
+    pub cache: Arc<Cache>,
+    pub lento: Arc<dyn Lento>,
+    pub files: OpenFiles,
+    /// which files are open for writing: outlives the process
+    pub writers: Writers,
+    /// data may move without the daemon
+    pub passthrough: AtomicBool,
+}
+
+/// By what an object was found.
+pub enum Spot {
+    Entry(Arc<Dir>, Name),
+    /// the object is this open directory
+    Dir(Arc<Dir>),
+    /// a file that is open; perhaps it has no name any more
+    Open(Arc<Open>),
+}
+
+/// An object: where it is, what it is, what imz knows of it.
+pub struct Object {
+    pub spot: Spot,
+    pub stat: Stat,
+    pub meta: Meta,
+}
+
+impl Object {
+    /// Only its holders have it left: nothing about it is journaled.
+    pub fn is_nameless(&self) -> bool {
+        self.stat.nlink == 0
+    }
+
+    /// The name's bytes for `*at` calls relative to the object's descriptor.
+    pub fn at(&self) -> &[u8] {
+        match &self.spot {
+            Spot::Entry(_, name) => name.as_bytes(),
+            Spot::Dir(_) | Spot::Open(_) => b"",
+        }
+    }
+
+    /// Its attributes as they are now.
+    pub fn stat_again(&self) -> fs::Result<Stat> {
+        match &self.spot {
+            Spot::Entry(dir, name) => fs::stat(&**dir, name.as_bytes()),
+            Spot::Dir(_) | Spot::Open(_) => fs::fstat(self),
+        }
+    }
+}
+
+impl AsFd for Object {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.spot {
+            Spot::Entry(dir, _) | Spot::Dir(dir) => dir.as_fd(),
+            Spot::Open(open) => open.fd.as_fd(),
+        }
+    }
+}
+
+impl Filter {
+    /// The directory, with all its entries here.
+    pub fn dir_here(&self, fid: Fid) -> Result<Arc<Dir>> {
+        let dir = self.cache.tree.dir(fid)?;
+        let meta = dir.meta();
+        if meta.complete && self.cache.valid(&meta) {
+            Ok(dir)
+        } else {
+            Err(Stop::Miss(Want::Dir(fid)))
+        }
+    }
+
+    /// The object, with attributes that are current. Its last name may be gone while it is open.
+    pub fn here(&self, fid: Fid) -> Result<Object> {
+        let object = self.object(fid)?;
+        if object.is_nameless() || self.cache.valid(&object.meta) {
+            Ok(object)
+        } else {
+            Err(stale(object.stat.kind(), fid))
+        }
+    }
+
+    fn object(&self, fid: Fid) -> Result<Object> {
+        let tree = &self.cache.tree;
+        if let Some(open) = self.files.get(fid) {
+            let stat = fs::fstat(&open.fd)?;
+            let meta = tree.meta_of(&open.fd)?.ok_or(Errno::STALE)?;
+            return Ok(Object { spot: Spot::Open(open), stat, meta });
+        }
+        if let Some(dir) = tree.cached_dir(fid) {
+            let (stat, meta) = (fs::fstat(&*dir)?, dir.meta());
+            return Ok(Object { spot: Spot::Dir(dir), stat, meta });
+        }
+        let (dir, name, meta) = tree.find(fid)?;
+        let stat = fs::stat(&*dir, name.as_bytes())?;
+        Ok(Object { spot: Spot::Entry(dir, name), stat, meta })
+    }
+
+    /// The object's path, for people.
+    pub fn path(&self, object: &Object) -> Vec<u8> {
+        let tree = &self.cache.tree;
+        match &object.spot {
+            Spot::Entry(dir, name) => tree.path_of(dir, name),
+            Spot::Dir(dir) => tree.path(dir),
+            Spot::Open(open) => tree.path_by_fid(open.fid),
+        }
+    }
+
+    /// What stands at `name`: `None` when nothing does.
+    pub fn entry(&self, dir: &Dir, name: &Name) -> Result<Option<(Stat, Meta)>> {
+        let stat = match fs::stat(dir, name.as_bytes()) {
+            Ok(stat) => stat,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        match self.cache.tree.meta(dir, name)? {
+            Some(meta) => Ok(Some((stat, meta))),
+            None => {
+                log::error!("{name:?} in {} is unknown to imz; run a check of the cache", dir.fid);
+                Err(Stop::Errno(Errno::IO))
+            }
+        }
+    }
+
+    /// What stands at `name`, with current attributes; `ENOENT` when nothing does.
+    pub fn entry_here(&self, dir: &Dir, name: &Name) -> Result<(Stat, Meta)> {
+        let (stat, meta) = self.entry(dir, name)?.ok_or(Errno::NOENT)?;
+        if self.cache.valid(&meta) { Ok((stat, meta)) } else { Err(stale(stat.kind(), meta.fid)) }
+    }
+
+    /// Appends a record, carries the change out, and settles the record. The caller holds the
+    /// objects' locks.
+    pub fn change<T>(
+        &self,
+        by: Caller,
+        path: Vec<u8>,
+        op: Op,
+        act: impl FnOnce(Time) -> Result<T>,
+    ) -> Result<T> {
+        let time_ns = now_ns();
+        let origin = Origin::default();
+        let record = Record { time_ns, origin, uid: by.uid, gid: by.gid, path, op };
+        let ticket = self.cache.append(&record)?;
+        let done = act(time_of_ns(time_ns));
+        let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Void };
+        self.cache.settle(ticket, outcome);
+        done
+    }
+
+    /// A name that an application may use in `dir`.
+    pub fn name(&self, dir: Fid, name: &[u8]) -> Result<Name> {
+        if name.len() > crate::kml::record::NAME_LEN_MAX {
+            return Err(Errno::NAMETOOLONG.into());
+        }
+        if dir == ROOT && is_own(name) {
+            return Err(Errno::ACCESS.into());
+        }
+        Ok(Name::new(name).map_err(|_| Errno::INVAL)?)
+    }
+
+    /// Where `name` is to stand.
+    pub fn place(&self, dir: &Dir, name: &Name) -> Place {
+        Place { dir: dir.fid, base: dir.meta().stamp, name: name.clone() }
+    }
+
+    /// The metadata of an object that is made here and now.
+    pub fn new_meta(&self) -> Result<Meta> {
+        let fid = self.cache.state.new_fid()?;
+        Ok(Meta { epoch: self.cache.epoch(), ..Meta::whole(fid) })
+    }
+
+    /// The volume's room: the server's word, or the cache's own file system before there is one.
+    pub fn space(&self) -> Result<fs::Space> {
+        let Some(s) = self.lento.space() else { return Ok(fs::space(&**self.cache.tree.root())?) };
+        Ok(fs::Space {
+            block_len: s.block_len,
+            blocks: s.blocks,
+            blocks_free: s.blocks_free,
+            blocks_available: s.blocks_available,
+            files: s.files,
+            files_free: s.files_free,
+        })
+    }
+
+    /// The object for the kernel.
+    pub fn found(&self, stat: Stat, meta: &Meta) -> Found {
+        let keep = stat.nlink > 0;
+        Found { fid: meta.fid, stat: shown(stat, meta), keep }
+    }
+}
+
+/// The attributes that applications see: the server counts names that are not here.
+pub fn shown(mut stat: Stat, meta: &Meta) -> Stat {
+    stat.ino = meta.fid.0;
+    if meta.nlink > 0 && stat.nlink > 0 && !(stat.kind() == Kind::Dir && meta.complete) {
+        stat.nlink = stat.nlink.max(meta.nlink);
+    }
+    stat
+}
+
+/// The miss of an object whose attributes are not current.
+fn stale(kind: Kind, fid: Fid) -> Stop {
+    Stop::Miss(if kind == Kind::Dir { Want::Dir(fid) } else { Want::Object(fid) })
+}
+
+/// What must be fetched before `at..at + len` of the file can be read; `None` when it is here.
+pub fn missing(meta: &Meta, at: u64, len: u64) -> Option<Stop> {
+    let (first, missing_len) = meta.missing(at, len)?;
+    let granule_len = meta.granule_len();
+    let need = (first..first + missing_len).step_by(granule_len as usize).collect();
+    let mut ahead = Vec::new();
+    let mut next = first + missing_len;
+    while ahead.len() < AHEAD_MAX && next < meta.base_size {
+        if meta.missing(next, 1).is_some() {
+            ahead.push(next);
+        }
+        next += granule_len;
+    }
+    let (fid, stamp, base_size) = (meta.fid, meta.stamp, meta.base_size);
+    Some(Stop::Miss(Want::Bytes(Bytes { fid, stamp, granule_len, base_size, need, ahead })))
+}
+
+/// The clock of records: nanoseconds since the Unix epoch.
+pub fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    since.as_nanos() as u64
+}

@@ -1,0 +1,23 @@
+//! Presto: the filter over the backing files. Operations of the kernel come in, each becomes a
+//! change of the local tree with a journal record, and is answered at once.
+//!
+//! ```text
+//!  fuse.rs    unpack, call, reply: the only file that names fuser
+//!  filter.rs  what all operations share: is it here? who asks? how is a change journaled?
+//!  names.rs   operations on entries of directories
+//!  attrs.rs   operations on attributes
+//!  files.rs   operations on open files
+//!  open.rs    the table of open files
+//! ```
+//!
+//! An operation is a plain function that either ends or stops with a [`filter::Stop`]: an errno,
+//! or a miss. A miss names what is wanted from the server; the adapter has it fetched and calls
+//! the operation again. No thread waits meanwhile. Absent on purpose: sockets, and decisions about
+//! what to fetch.
+
+pub mod attrs;
+pub mod files;
+pub mod filter;
+pub mod fuse;
+pub mod names;
+pub mod open;

@@ -1,0 +1,204 @@
+//! The table of open files: one entry an object, however often it is open.
+//!
+//! All handles of an object share one backing descriptor, and one way of moving data: either the
+//! kernel reads and writes the backing file by itself (passthrough), or each request comes to the
+//! daemon. The way is chosen when the first handle opens and stays until the last one closes,
+//! since the kernel allows one way at a time. An entry outlives the object's last name.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::kml::record::{Fid, RANGES_MAX, Range};
+use crate::kml::writers::Slot;
+use crate::sys::fs::{self, Stat, o};
+
+/// An object that is open.
+pub struct Open {
+    pub fid: Fid,
+    pub fd: OwnedFd,
+    /// the kernel moves the data by itself
+    pub passthrough: bool,
+    /// false where the backing file could be opened for reading only
+    pub writable: bool,
+    state: Mutex<OpenState>,
+}
+
+/// What changes while the object is open.
+pub struct OpenState {
+    handles: u32,
+    writers: u32,
+    /// in the table of files that were open for writing when the process died
+    pub slot: Option<Slot>,
+    /// the file as the last store record had it
+    pub stored: Mark,
+    /// what was written through the daemon since then; all of the file when `None`
+    pub dirty: Option<Vec<Range>>,
+}
+
+/// By what a change of the data shows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Mark {
+    pub size: u64,
+    mtime: (i64, u32),
+    ctime: (i64, u32),
+}
+
+impl Mark {
+    pub fn of(stat: &Stat) -> Mark {
+        Mark { size: stat.size, mtime: stat.mtime, ctime: stat.ctime }
+    }
+}
+
+impl Open {
+    pub fn state(&self) -> MutexGuard<'_, OpenState> {
+        held(&self.state)
+    }
+
+    /// Notes bytes that were written through the daemon.
+    pub fn wrote(&self, at: u64, len: u64) {
+        if let Some(ranges) = &mut self.state().dirty {
+            add_range(ranges, Range { at, len });
+        }
+    }
+
+    /// Takes note of a change of attributes alone: it is no change of the data.
+    pub fn attributes_changed(&self, before: &Stat, after: &Stat) {
+        let mut state = self.state();
+        if state.stored == Mark::of(before) {
+            state.stored = Mark::of(after);
+        }
+    }
+}
+
+/// Adds to a sorted list of ranges that neither touch nor overlap; a full list grows its last.
+pub fn add_range(ranges: &mut Vec<Range>, new: Range) {
+    let (mut at, mut end) = (new.at, new.at.saturating_add(new.len));
+    ranges.retain(|r| {
+        let apart = r.at > end || r.at + r.len < at;
+        if !apart {
+            at = at.min(r.at);
+            end = end.max(r.at + r.len);
+        }
+        apart
+    });
+    let place = ranges.partition_point(|r| r.at < at);
+    ranges.insert(place, Range { at, len: end - at });
+    if ranges.len() > RANGES_MAX
+        && let (Some(last), Some(before)) = (ranges.pop(), ranges.last_mut())
+    {
+        before.len = last.at + last.len - before.at;
+    }
+}
+
+/// What the first handle of an object finds out about it.
+pub struct Way {
+    pub fd: OwnedFd,
+    pub passthrough: bool,
+    pub writable: bool,
+    pub mark: Mark,
+}
+
+#[derive(Default)]
+pub struct OpenFiles(Mutex<HashMap<Fid, Arc<Open>>>);
+
+impl OpenFiles {
+    pub fn get(&self, fid: Fid) -> Option<Arc<Open>> {
+        held(&self.0).get(&fid).cloned()
+    }
+
+    /// Opens one more handle; `way` is asked when it is the first.
+    pub fn open<E>(
+        &self,
+        fid: Fid,
+        writer: bool,
+        way: impl FnOnce() -> Result<Way, E>,
+    ) -> Result<Arc<Open>, E> {
+        let mut all = held(&self.0);
+        let open = match all.get(&fid) {
+            Some(open) => open.clone(),
+            None => {
+                let way = way()?;
+                let dirty = if way.passthrough { None } else { Some(Vec::new()) };
+                let (slot, stored) = (None, way.mark);
+                let state = OpenState { handles: 0, writers: 0, slot, stored, dirty };
+                let open = Arc::new(Open {
+                    fid,
+                    fd: way.fd,
+                    passthrough: way.passthrough,
+                    writable: way.writable,
+                    state: Mutex::new(state),
+                });
+                all.insert(fid, open.clone());
+                open
+            }
+        };
+        let mut state = open.state();
+        state.handles += 1;
+        state.writers += u32::from(writer);
+        drop(state);
+        Ok(open)
+    }
+
+    /// Closes one handle. True when it was the object's last.
+    pub fn close(&self, open: &Open, writer: bool) -> Closed {
+        let mut all = held(&self.0);
+        let mut state = open.state();
+        state.handles = state.handles.saturating_sub(1);
+        state.writers = state.writers.saturating_sub(u32::from(writer));
+        let slot = if state.writers == 0 { state.slot.take() } else { None };
+        let last = state.handles == 0;
+        drop(state);
+        if last {
+            all.remove(&open.fid);
+        }
+        Closed { last, slot }
+    }
+}
+
+/// What the closing of a handle leaves to do.
+pub struct Closed {
+    pub last: bool,
+    /// to be given back: nobody writes any more
+    pub slot: Option<Slot>,
+}
+
+/// Opens the backing file for all handles to come: for writing where that is allowed.
+pub fn open_backing(dir: impl std::os::fd::AsFd, name: &[u8]) -> fs::Result<(OwnedFd, bool)> {
+    match fs::open(&dir, name, o::RDWR | o::NONBLOCK, 0) {
+        Ok(fd) => Ok((fd, true)),
+        Err(_) => Ok((fs::open(&dir, name, o::RDONLY | o::NONBLOCK, 0)?, false)),
+    }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_stay_sorted_and_apart() {
+        let mut ranges = Vec::new();
+        for (at, len) in [(10, 5), (30, 5), (20, 5), (15, 5), (0, 1)] {
+            add_range(&mut ranges, Range { at, len });
+        }
+        let want = [(0, 1), (10, 15), (30, 5)].map(|(at, len)| Range { at, len });
+        assert_eq!(ranges, want);
+        add_range(&mut ranges, Range { at: 0, len: 100 });
+        assert_eq!(ranges, [Range { at: 0, len: 100 }]);
+    }
+
+    #[test]
+    fn too_many_ranges_are_merged_at_the_end() {
+        let mut ranges = Vec::new();
+        for i in 0..RANGES_MAX as u64 + 10 {
+            add_range(&mut ranges, Range { at: i * 10, len: 1 });
+        }
+        assert_eq!(ranges.len(), RANGES_MAX);
+        let last = ranges.last().unwrap();
+        assert_eq!(last.at + last.len, (RANGES_MAX as u64 + 9) * 10 + 1, "all is covered");
+    }
+}

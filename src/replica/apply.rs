@@ -1,0 +1,512 @@
+//! Applying a client's records to a served tree.
+//!
+//! Each record is certified (certify.rs), appended to the volume's history, carried out, and
+//! settled. Its seq there is the stamp of everything that it touched. Objects are made as the
+//! record's user; what is replaced keeps owner, mode and attributes of the old file. A record that
+//! does not fit is kept aside (conflict.rs), and stops nothing. Lack of room, or a disk that fails,
+//! ends the batch: what was applied before stays.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use super::certify::{Clash, Verdict};
+use super::meta::Meta;
+use super::ops::time_of_ns;
+use super::spool::Spool;
+use super::tree::{Dir, TreeError};
+use super::volume::{Result, Volume, VolumeError};
+use crate::kml::codec::Outcome;
+use crate::kml::record::{
+    Change, Fid, Name, Op, Origin, Over, Place, ROOT, Range, Record, Seq, Stamp, Time,
+};
+use crate::sys::cred::{self, Caller};
+use crate::sys::{Errno, fs};
+
+/// The bytes of a store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Content<'a> {
+    /// the record has none
+    None,
+    /// of all its ranges in a row
+    Inline(&'a [u8]),
+    /// in the spool, each range at its place in the file
+    Spooled,
+    /// nobody has them any more: the file's data stay as they are
+    Gone,
+}
+
+/// One record of a client.
+#[derive(Clone, Copy, Debug)]
+pub struct Incoming<'a> {
+    pub seq: Seq,
+    pub record: &'a Record,
+    pub content: Content<'a>,
+}
+
+/// What became of some records.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// the newest that needs not be sent again; 0 for none
+    pub upto: Seq,
+    /// new stamps of the objects that were touched
+    pub stamps: Vec<(Fid, Stamp)>,
+    /// objects of which the tree has another version than the client
+    pub conflicts: Vec<Fid>,
+    /// objects that changed although the client's records do not name them
+    pub also: Vec<Fid>,
+    /// why the rest was not applied
+    pub failure: Option<VolumeError>,
+}
+
+/// Errors that the same record meets again whenever it is tried: no reason to try again.
+fn is_final(e: Errno) -> bool {
+    matches!(
+        e,
+        Errno::EXIST
+            | Errno::NOTEMPTY
+            | Errno::NOENT
+            | Errno::NOTDIR
+            | Errno::ISDIR
+            | Errno::INVAL
+            | Errno::PERM
+            | Errno::ACCESS
+            | Errno::LOOP
+            | Errno::MLINK
+            | Errno::NAMETOOLONG
+            | Errno::OPNOTSUPP
+            | Errno::TOOBIG
+            | Errno::FBIG
+            | Errno::RANGE
+            | Errno::XDEV
+            | Errno::BUSY
+            | Errno::NODATA
+            | Errno::STALE
+            | Errno::TXTBSY
+            | Errno::OVERFLOW
+    )
+}
+
+impl Volume {
+    /// Applies records of `node`, which come in order and cover its journal up to `upto`. Those
+    /// that were applied before are passed over. Durable on return: no.
+    pub fn apply(&mut self, node: u32, upto: Seq, changes: &[Incoming<'_>]) -> Applied {
+        let mut out = Applied::default();
+        for change in changes {
+            match self.apply_one(node, change, &mut out) {
+                Ok(()) => out.upto = change.seq,
+                Err(e) => {
+                    log::warn!("{}: node {node}: record {}: {e}", self.name, change.seq.0);
+                    out.failure = Some(e);
+                    break;
+                }
+            }
+        }
+        if out.failure.is_none() {
+            out.upto = upto;
+        }
+        if let Err(e) = self.finish(node, &mut out) {
+            log::warn!("{}: node {node}: {e}", self.name);
+            out.upto = self.nodes.last(node).min(out.upto);
+            out.failure.get_or_insert(e);
+        }
+        out.stamps.sort_unstable();
+        out.stamps.reverse(); // the newest of each object first
+        out.stamps.dedup_by_key(|(fid, _)| *fid);
+        out.conflicts.sort_unstable();
+        out.conflicts.dedup();
+        out
+    }
+    /// Notes how far the client is, where its last records left none of their own.
+    fn finish(&mut self, node: u32, out: &mut Applied) -> Result<()> {
+        self.flush_touched()?;
+        if self.nodes.last(node) < out.upto {
+            self.note_seq(node, out.upto, Vec::new())?;
+        }
+        if !out.also.is_empty() {
+            self.save_nodes()?; // the aliases must outlive what is acknowledged under them
+        }
+        Ok(())
+    }
+    pub(super) fn note_seq(&mut self, node: u32, seq: Seq, path: Vec<u8>) -> Result<()> {
+        let origin = Origin { node, seq };
+        let record = Record { time_ns: 0, origin, uid: 0, gid: 0, path, op: Op::Noop };
+        let ticket = self.log.append(&record)?;
+        self.log.settle(ticket, Outcome::Done);
+        self.nodes.note(node, seq, true);
+        Ok(())
+    }
+
+    fn apply_one(&mut self, node: u32, change: &Incoming<'_>, out: &mut Applied) -> Result<()> {
+        let Incoming { seq, content, .. } = *change;
+        if seq <= self.nodes.last(node) {
+            self.spool.remove(node, seq);
+            return Ok(());
+        }
+        let mut record = change.record.clone();
+        record.origin = Origin { node, seq };
+        if self.nodes.has_aliases(node) {
+            map_fids(&mut record.op, |fid| self.nodes.alias(node, fid));
+            if record.op != change.record.op {
+                out.also.extend(record.op.touched());
+            }
+        }
+        // lost with the power: redone at open, but for the contents, which come again now
+        if seq <= self.nodes.seen(node) && !matches!(record.op, Op::Store { .. }) {
+            return Ok(());
+        }
+        let verdict = self.certify((node, seq), &record, content)?;
+        log::trace!("{}: {node}:{} {:?}: {verdict:?}", self.name, seq.0, record.op);
+        match verdict {
+            Verdict::Apply => self.carry_out(record, content, out)?,
+            Verdict::Same => {}
+            Verdict::Alias(to) => {
+                if let Some(from) = change.record.op.fid() {
+                    self.nodes.add_alias(node, from, to);
+                }
+                out.also.push(to);
+                out.conflicts.extend(change.record.op.touched());
+            }
+            Verdict::Conflict(clash) => self.conflict(record, content, clash, out)?,
+        }
+        self.spool.remove(node, seq);
+        Ok(())
+    }
+
+    /// Journals the record, does it, and settles it. One that the file system refuses becomes a
+    /// conflict.
+    pub(super) fn carry_out(
+        &mut self,
+        record: Record,
+        content: Content<'_>,
+        out: &mut Applied,
+    ) -> Result<()> {
+        let ticket = self.log.append(&record)?;
+        let stamp = Stamp(ticket.seq.0);
+        let done = match self.perform(&record, content, stamp) {
+            // a file system says the same when an attribute is too large for it
+            Err(VolumeError::NoRoom)
+                if matches!(record.op, Op::Setxattr { .. }) && self.has_room() =>
+            {
+                Err(Errno::TOOBIG.into())
+            }
+            done => done,
+        };
+        let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Void };
+        self.log.settle(ticket, outcome);
+        match done {
+            Ok(()) => {
+                self.nodes.note(record.origin.node, record.origin.seq, true);
+                let is_there =
+                    |fid: &Fid| *fid == ROOT || self.tree.names(*fid).is_ok_and(|n| !n.is_empty());
+                out.stamps.extend(record.op.touched().filter(is_there).map(|fid| (fid, stamp)));
+                Ok(())
+            }
+            Err(VolumeError::Os(e)) if is_final(e) => {
+                self.keep_aside(&record, content, Clash::Refused(e))?;
+                out.conflicts.extend(record.op.touched());
+                Ok(())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        let enough =
+            |s: fs::Space| u64::from(s.block_len).saturating_mul(s.blocks_available) > 16 << 20;
+        self.space().is_ok_and(enough)
+    }
+
+    /// Does what a record says. The parent directories get their stamps later.
+    pub(super) fn perform(
+        &mut self,
+        record: &Record,
+        content: Content<'_>,
+        stamp: Stamp,
+    ) -> Result<()> {
+        let node = record.origin.node;
+        let when = time_of_ns(record.time_ns);
+        match &record.op {
+            Op::Noop => {}
+            Op::Create { at, fid, .. }
+            | Op::Mkdir { at, fid, .. }
+            | Op::Symlink { at, fid, .. }
+            | Op::Mknod { at, fid, .. } => self.make(record, at, *fid, stamp)?,
+            Op::Link { at, fid, .. } => {
+                let (from, old) = self.tree.place(*fid)?;
+                let dir = self.dir(at.dir)?;
+                self.tree.link((&from, &old), *fid, &dir, &at.name, when)?;
+                self.tree.edit_meta(*fid, |meta| restamped(meta, node, stamp))?;
+            }
+            Op::Rename { from, to, fid, over, .. } => {
+                self.rename((from, to), *fid, over, when)?;
+                self.tree.edit_meta(*fid, |meta| restamped(meta, node, stamp))?;
+                if let Some(other) = record.op.other() {
+                    self.restamp_rest(other, node, stamp)?;
+                }
+            }
+            Op::Unlink { at, gone } => {
+                let dir = self.dir(at.dir)?;
+                self.tree.unlink(&dir, &at.name, gone.fid, when)?;
+                self.restamp_rest(gone.fid, node, stamp)?;
+            }
+            Op::Rmdir { at, gone } => {
+                let dir = self.dir(at.dir)?;
+                self.tree.rmdir(&dir, &at.name, gone.fid, when)?;
+            }
+            Op::Setattr { fid, new, .. } => {
+                let (dir, name) = self.object_path(*fid)?;
+                let new = if cred::is_root() {
+                    *new
+                } else {
+                    Change { uid: None, gid: None, ..*new } // owners are root's to change
+                };
+                self.tree.setattr(&*dir, &name, &new)?;
+                self.tree.edit_meta(*fid, |meta| restamped(meta, node, stamp))?;
+            }
+            Op::Setxattr { fid, name, value, .. } => {
+                let (dir, at) = self.object_path(*fid)?;
+                fs::xattr::set(&*dir, &at, name, value, 0).map_err(TreeError::from)?;
+                self.tree.edit_meta(*fid, |meta| restamped(meta, node, stamp))?;
+            }
+            Op::Removexattr { fid, name, .. } => {
+                let (dir, at) = self.object_path(*fid)?;
+                match fs::xattr::remove(&*dir, &at, name) {
+                    Ok(()) | Err(Errno::NODATA) => {}
+                    Err(e) => return Err(e.into()),
+                }
+                self.tree.edit_meta(*fid, |meta| restamped(meta, node, stamp))?;
+            }
+            Op::Store { fid, size, mtime, ranges, .. } => {
+                self.store(record.origin, *fid, (*size, *mtime, ranges), content, stamp)?;
+            }
+        }
+        for place in record.op.places().into_iter().flatten() {
+            self.touched.insert(place.dir, (node, stamp));
+        }
+        Ok(())
+    }
+
+    /// Both times of a new object are the record's, as on the node that made it.
+    fn make(&mut self, record: &Record, at: &Place, fid: Fid, stamp: Stamp) -> Result<()> {
+        let dir = self.dir(at.dir)?;
+        let meta = Meta { author: record.origin.node, stamp, ..Meta::whole(fid) };
+        let by = |umask: u32| Caller { uid: record.uid, gid: record.gid, umask: umask & 0o777 };
+        let when = time_of_ns(record.time_ns);
+        let (tree, name) = (&self.tree, &at.name);
+        match &record.op {
+            Op::Create { mode, umask, .. } => {
+                tree.create(&dir, name, by(*umask), *mode, &meta, when).map(drop)
+            }
+            Op::Mkdir { mode, umask, .. } => {
+                tree.mkdir(&dir, name, by(*umask), *mode, &meta, when).map(drop)
+            }
+            Op::Symlink { target, .. } => tree.symlink(&dir, name, by(0), target, &meta, when),
+            Op::Mknod { mode, umask, rdev, .. } => {
+                tree.mknod(&dir, name, by(*umask), *mode, *rdev, &meta, when)
+            }
+            _ => Ok(()),
+        }?;
+        let time = fs::SetTime::At(when.sec, when.nsec);
+        Ok(fs::utimes(&*dir, name.as_bytes(), time, time)?)
+    }
+
+    fn rename(
+        &mut self,
+        (from, to): (&Place, &Place),
+        fid: Fid,
+        over: &Over,
+        when: Time,
+    ) -> Result<()> {
+        let (old, new) = (self.dir(from.dir)?, self.dir(to.dir)?);
+        let other = self.at(&new, &to.name)?.map(|(meta, _)| meta.fid);
+        let mode = match over {
+            Over::Nothing { .. } => fs::RenameMode::NoReplace,
+            Over::Replaced(_) => fs::RenameMode::Replace,
+            Over::Exchanged { .. } => fs::RenameMode::Exchange,
+        };
+        Ok(self.tree.rename((&old, &from.name), (&new, &to.name), fid, other, mode, when)?)
+    }
+
+    /// New data of a file: beside it and by rename where it is all of a file that has some already;
+    /// in place otherwise.
+    fn store(
+        &mut self,
+        origin: Origin,
+        fid: Fid,
+        (size, mtime, ranges): (u64, Time, &[Range]),
+        content: Content<'_>,
+        stamp: Stamp,
+    ) -> Result<()> {
+        let (dir, name) = self.tree.place(fid)?;
+        let stat = fs::stat(&*dir, name.as_bytes())?;
+        if stat.kind() != fs::Kind::File {
+            return Err(Errno::INVAL.into());
+        }
+        let mut meta = self.tree.meta(&dir, &name)?.unwrap_or_else(|| Meta::whole(fid));
+        restamped(&mut meta, origin.node, stamp);
+        let times = (fs::SetTime::Keep, fs::SetTime::At(mtime.sec, mtime.nsec.min(999_999_999)));
+        if content == Content::Gone {
+            return Ok(self.tree.set_meta(&dir, &name, &meta)?);
+        }
+        let whole = covers(ranges, size) && stat.nlink == 1;
+        if whole && (stat.size > 0 || content == Content::Spooled) {
+            let file = self.spool.get(origin.node, origin.seq).map_err(TreeError::from)?;
+            if let Content::Inline(bytes) = content {
+                fs::truncate(&file, 0)?;
+                write_ranges(&file, ranges, bytes).map_err(TreeError::from)?;
+            }
+            fs::truncate(&file, size).map_err(TreeError::from)?;
+            self.dress(&file, &dir, &name, &stat)?;
+            self.tree.set_meta_of(&file, &meta)?;
+            fs::utimes_fd(&file, fs::SetTime::At(stat.atime.0, stat.atime.1), times.1)?;
+            let spooled = Spool::name(origin.node, origin.seq);
+            fs::rename(&self.spool, &spooled, &*dir, name.as_bytes(), fs::RenameMode::Replace)?;
+            return Ok(());
+        }
+        let file = fs::open(&*dir, name.as_bytes(), fs::o::WRONLY | fs::o::NONBLOCK, 0)?;
+        match content {
+            Content::Inline(bytes) => {
+                write_ranges(&file, ranges, bytes).map_err(TreeError::from)?;
+            }
+            Content::Spooled => {
+                let from = self.spool.get(origin.node, origin.seq).map_err(TreeError::from)?;
+                copy_ranges(&from, &file, ranges).map_err(TreeError::from)?;
+            }
+            Content::None | Content::Gone => {}
+        }
+        fs::truncate(&file, size).map_err(TreeError::from)?;
+        fs::utimes_fd(&file, times.0, times.1)?;
+        Ok(self.tree.set_meta_of(&file, &meta)?)
+    }
+    /// Makes a new file look like the one that it replaces.
+    fn dress(&self, file: &OwnedFd, dir: &Dir, name: &Name, stat: &fs::Stat) -> Result<()> {
+        match fs::chown(file, b"", Some(stat.uid), Some(stat.gid)) {
+            Err(Errno::PERM) if !cred::is_root() => {}
+            done => done?,
+        }
+        for key in fs::xattr::list(dir, name.as_bytes())? {
+            // a change of the data ends a file's capabilities
+            if key == self.tree.own_key() || key == b"security.capability" {
+                continue;
+            }
+            if let Some(value) = fs::xattr::get(dir, name.as_bytes(), &key)? {
+                fs::xattr::set(file, b"", &key, &value, 0).map_err(TreeError::from)?;
+            }
+        }
+        Ok(fs::chmod_fd(file, stat.mode & 0o7777)?)
+    }
+
+    /// Where an object is, for calls that take a directory and a name (empty: the directory).
+    fn object_path(&self, fid: Fid) -> Result<(Arc<Dir>, Vec<u8>)> {
+        if fid == ROOT {
+            return Ok((self.tree.root().clone(), Vec::new()));
+        }
+        let (dir, name) = self.tree.place(fid)?;
+        Ok((dir, name.as_bytes().to_vec()))
+    }
+    /// An object lost one of its names; it may have others.
+    fn restamp_rest(&self, fid: Fid, node: u32, stamp: Stamp) -> Result<()> {
+        if self.tree.names(fid)?.is_empty() {
+            return Ok(());
+        }
+        match self.tree.edit_meta(fid, |meta| restamped(meta, node, stamp)) {
+            Ok(()) | Err(TreeError::Gone(_)) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+    /// Gives the directories whose entries changed the stamp of the last change.
+    pub(super) fn flush_touched(&mut self) -> Result<()> {
+        for (fid, (node, stamp)) in std::mem::take(&mut self.touched) {
+            match self.tree.edit_meta(fid, |meta| restamped(meta, node, stamp)) {
+                Ok(()) | Err(TreeError::Gone(_)) => {} // it was removed later on
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Notes a change of the object; an older one than the last is no news.
+pub(super) fn restamped(meta: &mut Meta, node: u32, stamp: Stamp) {
+    if stamp <= meta.stamp {
+        return;
+    }
+    if meta.author != node {
+        (meta.foreign, meta.author) = (meta.stamp, node);
+    }
+    meta.stamp = stamp;
+}
+
+/// Whether ranges in a row are all of a file.
+fn covers(ranges: &[Range], size: u64) -> bool {
+    let mut end = 0;
+    for range in ranges {
+        if range.at > end {
+            return false;
+        }
+        end = end.max(range.at + range.len);
+    }
+    size > 0 && end >= size
+}
+
+pub(super) fn write_ranges(file: &OwnedFd, ranges: &[Range], mut bytes: &[u8]) -> fs::Result<()> {
+    for range in ranges {
+        let (piece, rest) = bytes.split_at_checked(range.len as usize).ok_or(Errno::INVAL)?;
+        fs::pwrite_all(file, piece, range.at)?;
+        bytes = rest;
+    }
+    Ok(())
+}
+
+/// What lies beyond the source's end is left out: the file has become shorter since.
+fn copy_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range]) -> fs::Result<()> {
+    let mut buf = vec![0; 1 << 20];
+    for range in ranges {
+        let mut into = 0;
+        while into < range.len {
+            let want = (range.len - into).min(buf.len() as u64) as usize;
+            let have = match fs::pread(from.as_fd(), &mut buf[..want], range.at + into) {
+                Ok(0) => break,
+                Err(Errno::INTR) => continue,
+                other => other?,
+            };
+            fs::pwrite_all(to.as_fd(), &buf[..have], range.at + into)?;
+            into += have as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Puts other fids for those that a record names.
+fn map_fids(op: &mut Op, map: impl Fn(Fid) -> Fid) {
+    let at_map = |place: &mut Place| place.dir = map(place.dir);
+    match op {
+        Op::Noop => {}
+        Op::Create { at, fid, .. }
+        | Op::Mkdir { at, fid, .. }
+        | Op::Symlink { at, fid, .. }
+        | Op::Mknod { at, fid, .. }
+        | Op::Link { at, fid, .. } => {
+            at_map(at);
+            *fid = map(*fid);
+        }
+        Op::Rename { from, to, fid, over, .. } => {
+            at_map(from);
+            at_map(to);
+            *fid = map(*fid);
+            match over {
+                Over::Nothing { .. } => {}
+                Over::Replaced(gone) => gone.fid = map(gone.fid),
+                Over::Exchanged { fid, .. } => *fid = map(*fid),
+            }
+        }
+        Op::Unlink { at, gone } | Op::Rmdir { at, gone } => {
+            at_map(at);
+            gone.fid = map(gone.fid);
+        }
+        Op::Setattr { fid, .. }
+        | Op::Setxattr { fid, .. }
+        | Op::Removexattr { fid, .. }
+        | Op::Store { fid, .. } => *fid = map(*fid),
+    }
+}

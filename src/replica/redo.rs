@@ -1,0 +1,115 @@
+//! What the last life of a server left open: found in the journal, and brought to an end.
+//!
+//! After the death of the process the page cache is as it was: everything that is settled stands in
+//! the tree, and at most one record is not settled. After a loss of power, what lies behind the
+//! journal's cursor `tree` may be in the tree or not: its changes of names and attributes are done
+//! again, in order, each only where it is missing; contents are not here any more, so the client is
+//! asked for all of it again (none of it was acknowledged), and what is in the tree then is passed
+//! over. Doing all of this twice changes nothing.
+
+use super::apply::Content;
+use super::meta::Meta;
+use super::tree::TreeError;
+use super::volume::{CURSOR, Result, Volume, VolumeError};
+use crate::kml::codec::{Entry, Outcome};
+use crate::kml::record::{Fid, Op, Place, Seq, Stamp};
+use crate::sys::{Errno, fs};
+
+impl Volume {
+    /// `clean`: the last life ended as it should.
+    pub(super) fn recover(&mut self, clean: bool) -> Result<()> {
+        let log = self.log.clone();
+        let kept = Seq(log.cursor(CURSOR));
+        let power_lost = !clean && !self.nodes.same_boot();
+        let mut redone = 0;
+        for entry in log.entries(self.nodes.as_of().next().max(log.first())) {
+            let entry = entry?;
+            let origin = entry.record.origin;
+            let in_doubt = power_lost && entry.seq > kept;
+            let done = match entry.outcome {
+                Outcome::Void => continue,
+                Outcome::Done if !in_doubt => true,
+                _ => {
+                    redone += 1;
+                    self.redo(&entry)?
+                }
+            };
+            if entry.outcome == Outcome::Intended {
+                let outcome = if done { Outcome::Done } else { Outcome::Void };
+                log.settle_seq(entry.seq, outcome)?;
+            }
+            if done || in_doubt {
+                self.nodes.note(origin.node, origin.seq, done && !in_doubt);
+            }
+        }
+        if redone > 0 {
+            log::info!("{}: {redone} records of the last life were looked at again", self.name);
+        }
+        self.flush_touched()
+    }
+
+    /// Does a record once more, where it is missing; true if it stands in the tree now.
+    fn redo(&mut self, entry: &Entry) -> Result<bool> {
+        let stamp = Stamp(entry.seq.0);
+        let record = &entry.record;
+        let missing = match &record.op {
+            Op::Noop => false,
+            Op::Store { fid, .. } => return self.is_stamped(*fid, stamp),
+            Op::Create { at, fid, .. }
+            | Op::Mkdir { at, fid, .. }
+            | Op::Symlink { at, fid, .. }
+            | Op::Mknod { at, fid, .. } => {
+                if self.adopt(at, *fid, (record.origin.node, stamp))? {
+                    return Ok(true);
+                }
+                self.fid_at(at)?.is_none() && self.is_gone(*fid)
+            }
+            Op::Link { at, .. } => self.fid_at(at)?.is_none(),
+            Op::Rename { from, fid, .. } => self.fid_at(from)? == Some(*fid),
+            Op::Unlink { at, gone } | Op::Rmdir { at, gone } => self.fid_at(at)? == Some(gone.fid),
+            Op::Setattr { .. } | Op::Setxattr { .. } | Op::Removexattr { .. } => true,
+        };
+        if !missing {
+            return Ok(true);
+        }
+        match self.perform(record, Content::None, stamp) {
+            Ok(()) => Ok(true),
+            Err(e @ (VolumeError::NoRoom | VolumeError::Log(_) | VolumeError::State(_))) => Err(e),
+            Err(e) => {
+                // a later record took away what it needs, or it had failed before as well
+                log::info!("{}: record {}: {e}", self.name, entry.seq.0);
+                Ok(false)
+            }
+        }
+    }
+    /// A crash came between the making of an object and the noting of its fid.
+    fn adopt(&mut self, at: &Place, fid: Fid, (node, stamp): (u32, Stamp)) -> Result<bool> {
+        let Ok(dir) = self.dir(at.dir) else { return Ok(false) };
+        let there = fs::stat(&*dir, at.name.as_bytes()).is_ok();
+        if !there || self.tree.meta(&dir, &at.name)?.is_some() {
+            return Ok(false);
+        }
+        let meta = Meta { author: node, stamp, ..Meta::whole(fid) };
+        self.tree.set_meta(&dir, &at.name, &meta)?;
+        self.tree.index.set(fid, at.dir, &at.name);
+        Ok(true)
+    }
+    fn fid_at(&mut self, at: &Place) -> Result<Option<Fid>> {
+        Ok(self.standing(at)?.ok().flatten().map(|(meta, _)| meta.fid))
+    }
+    fn is_gone(&self, fid: Fid) -> bool {
+        self.tree.place(fid).is_err()
+    }
+    fn is_stamped(&self, fid: Fid, stamp: Stamp) -> Result<bool> {
+        let (dir, name) = match self.tree.place(fid) {
+            Ok(place) => place,
+            Err(TreeError::Gone(_)) => return Ok(false),
+            Err(e) => return Err(e.into()),
+        };
+        match self.tree.meta(&dir, &name) {
+            Ok(meta) => Ok(meta.is_some_and(|meta| meta.stamp >= stamp)),
+            Err(TreeError::Os(Errno::NOENT)) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+}

@@ -1,0 +1,521 @@
+//! A served volume: a tree, its history, and what the clients know of it.
+//!
+//! ```text
+//!   DIR/.imz/lock, state.json   identity, counters of fids; one server at a time
+//!   DIR/.imz/kml/               the volume's history: every change, with its origin
+//!   DIR/.imz/index.redb         fid -> names
+//!   DIR/.imz/nodes.json         the clients, and how far each one's journal is in the tree
+//!   DIR/.imz/spool/             contents on their way in
+//!   DIR/.imz-conflicts/         versions that lost (conflict.rs)
+//! ```
+//!
+//! (With a state directory elsewhere all but `spool` and the conflicts are there.) An object gets
+//! its fid when it is first seen. One thread has the volume; only a sync ([`SyncJob`]) runs on
+//! another. A change is journaled, then done, then settled (apply.rs); what a crash left open is
+//! redone at open (redo.rs). Clients neither see nor name `.imz` and `.imz-conflicts` at the root.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::meta::Meta;
+use super::nodes::Nodes;
+use super::ops::attr_of;
+use super::spool::Spool;
+use super::state::{Facts, State, StateError, random};
+use super::tree::{Dir, OWN_NAME, Tree, TreeError, is_own};
+use crate::kml::codec::Outcome;
+use crate::kml::log::{Log, LogError, Options};
+use crate::kml::record::{Attr, Fid, Name, ROOT, Seq, Stamp};
+use crate::sys::{Errno, cred, fs};
+
+/// Name of the journal's cursor: up to here the tree is durable as well.
+pub(super) const CURSOR: &str = "tree";
+/// A page of a listing is closed when it reaches this size, bytes.
+const PAGE_LEN: usize = 512 << 10;
+/// Most bytes in all attributes of one object that are given to clients.
+const XATTRS_LEN_MAX: usize = 1 << 20;
+const XATTRS_MAX: usize = 1024;
+/// Most records that one answer about the history looks at.
+const SINCE_RECORDS_MAX: usize = 65536;
+/// Most objects in one such answer.
+const SINCE_FIDS_MAX: usize = 8000;
+/// The history is cut to half when it takes more room than this, bytes.
+const HISTORY_LEN_MAX: u64 = 1 << 30;
+/// Changes of the index that wait in memory.
+const FRESH_MAX: usize = 4096;
+
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    #[error("no object has the fid {0}")]
+    Gone(Fid),
+    #[error("the object has changed meanwhile")]
+    Moved,
+    #[error("it is not a regular file")]
+    NotAFile,
+    #[error("it is not a directory")]
+    NotADir,
+    #[error("there is no room left")]
+    NoRoom,
+    #[error("{path}: no such directory")]
+    Missing { path: PathBuf },
+    #[error("{0}")]
+    Os(#[from] Errno),
+    #[error("{0}")]
+    Tree(TreeError),
+    #[error("{0}")]
+    Log(LogError),
+    #[error("{0}")]
+    State(#[from] StateError),
+}
+
+impl From<TreeError> for VolumeError {
+    fn from(e: TreeError) -> VolumeError {
+        match e {
+            TreeError::Gone(fid) => VolumeError::Gone(fid),
+            TreeError::Os(Errno::NOSPC | Errno::DQUOT) => VolumeError::NoRoom,
+            TreeError::Os(e) => VolumeError::Os(e),
+            e => VolumeError::Tree(e),
+        }
+    }
+}
+
+impl From<LogError> for VolumeError {
+    fn from(e: LogError) -> VolumeError {
+        match e {
+            LogError::NoRoom(_) => VolumeError::NoRoom,
+            e => VolumeError::Log(e),
+        }
+    }
+}
+
+pub type Result<T> = std::result::Result<T, VolumeError>;
+
+/// One object as it is now.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Object {
+    pub fid: Fid,
+    pub stamp: Stamp,
+    pub attr: Attr,
+    /// where a symbolic link leads; empty otherwise
+    pub target: Vec<u8>,
+    /// names and values, without imz's own
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// A page of a directory's entries, in ascending order of their names' bytes.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Listing {
+    pub dir: Object,
+    pub entries: Vec<(Vec<u8>, Object)>,
+    pub more: bool,
+}
+
+/// Bytes of a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Piece {
+    pub bytes: Vec<u8>,
+    /// of the whole file, bytes
+    pub size: u64,
+    /// changes with the file's data
+    pub token: u64,
+}
+
+/// What others have changed since a stamp.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct History {
+    pub fids: Vec<Fid>,
+    pub upto: Stamp,
+    pub more: bool,
+    /// the history does not reach back so far
+    pub lost: bool,
+}
+
+pub struct Volume {
+    pub(super) dir: PathBuf,
+    pub(super) name: String,
+    pub(super) tree: Arc<Tree>,
+    pub(super) log: Arc<Log>,
+    pub(super) state: State,
+    pub(super) nodes: Nodes,
+    pub(super) spool: Spool,
+    /// directories whose entries were changed, by whom and at which stamp: set once a batch
+    pub(super) touched: HashMap<Fid, (u32, Stamp)>,
+    pub(super) conflicts: u64,
+    /// where the clients were when the sync under way began
+    syncing: Vec<(u32, Seq)>,
+    /// of the directory that is being listed in pages
+    names: Option<Names>,
+}
+
+/// The sorted names of a directory as they were at `ctime`.
+struct Names {
+    dir: Fid,
+    ctime: (i64, u32),
+    sorted: Arc<Vec<Name>>,
+}
+
+/// A sync, for another thread to carry out.
+pub struct SyncJob {
+    tree: Arc<Tree>,
+    log: Arc<Log>,
+}
+
+impl SyncJob {
+    /// Makes journal and tree durable, and returns the stamp up to which they are.
+    ///
+    /// # Errors
+    /// Final: nothing more may be acknowledged.
+    pub fn run(&self) -> Result<Stamp> {
+        let upto = self.log.settled_through();
+        self.log.sync(upto)?;
+        fs::syncfs(&**self.tree.root())?;
+        self.log.set_cursor(CURSOR, upto.0)?;
+        if self.tree.index.fresh_count() > FRESH_MAX {
+            self.tree.index.flush(true).map_err(TreeError::from)?;
+        }
+        Ok(Stamp(upto.0))
+    }
+}
+
+impl Volume {
+    /// Opens the directory `dir` as a volume called `name`, with imz's own state in `state`, or in
+    /// `dir/.imz` if not told. Nothing is made before all that can be checked is checked.
+    ///
+    /// # Errors
+    /// `Missing`, `State(InUse)`, `Tree(NoXattrs)` and those of the files behind it.
+    pub fn open(dir: &Path, state: Option<&Path>, name: &str) -> Result<Volume> {
+        let root = fs::open_root(dir).map_err(|e| match e {
+            Errno::NOENT | Errno::NOTDIR => VolumeError::Missing { path: dir.to_owned() },
+            source => TreeError::Root { path: dir.to_owned(), source }.into(),
+        })?;
+        let key: &[u8] = if cred::is_root() { b"trusted.imz" } else { b"user.imz" };
+        if let Err(source) = fs::xattr::get(&root, b"", key) {
+            let key = String::from_utf8_lossy(key).into_owned();
+            return Err(TreeError::NoXattrs { path: dir.to_owned(), key, source }.into());
+        }
+        let before = fs::fstat(&root)?;
+        let own = dir.join(std::str::from_utf8(OWN_NAME).unwrap_or(".imz"));
+        let state_dir = state.unwrap_or(&own);
+        let spool = Spool::open(&own.join("spool"))?;
+        if fs::fstat(&root)?.mtime != before.mtime {
+            // the directory looks to its users as it was
+            let keep = fs::SetTime::At(before.mtime.0, before.mtime.1);
+            fs::utimes_fd(&root, fs::SetTime::Keep, keep)?;
+        }
+        let state = State::open(state_dir, || Facts::new(name, "", random(), 0))?;
+        let facts = state.facts();
+        state.edit(|facts| facts.clean = false)?;
+        let tree = Tree::open(dir, &state_dir.join("index.redb"), facts.clean)?;
+        let incarnation = facts.incarnation();
+        let log = Log::open_or_create(&state_dir.join("kml"), 0, incarnation, Options::default())?;
+        let mut volume = Volume {
+            dir: dir.to_owned(),
+            name: name.to_owned(),
+            tree: Arc::new(tree),
+            log: Arc::new(log),
+            nodes: Nodes::open(state_dir)?,
+            state,
+            spool,
+            touched: HashMap::new(),
+            conflicts: 0,
+            syncing: Vec::new(),
+            names: None,
+        };
+        volume.conflicts = volume.count_conflicts();
+        volume.recover(facts.clean)?;
+        let stamp = volume.sync_job().run()?;
+        volume.synced();
+        volume.nodes.save(Seq(stamp.0))?;
+        log::info!("{}: volume {name} at stamp {}", dir.display(), stamp.0);
+        Ok(volume)
+    }
+    /// Ends it cleanly. Durable on return: yes.
+    ///
+    /// # Errors
+    /// What was not acknowledged may be lost.
+    pub fn close(mut self) -> Result<()> {
+        self.flush_touched()?;
+        self.tree.index.flush(true).map_err(TreeError::from)?;
+        self.save_nodes()?;
+        Ok(self.state.edit(|facts| facts.clean = true)?)
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+    pub fn id(&self) -> [u8; 16] {
+        self.state.facts().volume_id().to_be_bytes()
+    }
+    /// The newest change, durable or not.
+    pub fn stamp(&self) -> Stamp {
+        Stamp(self.log.last().0)
+    }
+    /// Versions that lost and were kept aside.
+    pub fn conflicts(&self) -> u64 {
+        self.conflicts
+    }
+    /// Room that the history takes, bytes.
+    pub fn history_len(&self) -> u64 {
+        self.log.bytes()
+    }
+
+    /// A client says hello: its number, and the newest record of it that is kept durably.
+    ///
+    /// # Errors
+    /// The table of clients cannot be written.
+    pub fn meet(&mut self, incarnation: [u8; 16], claimed: u32, host: &str) -> Result<(u32, Seq)> {
+        Ok(self.nodes.meet(u128::from_be_bytes(incarnation), claimed, host)?)
+    }
+    /// Begins a sync of everything that was applied so far; [`Volume::synced`] ends it.
+    pub fn sync_job(&mut self) -> SyncJob {
+        self.syncing = self.nodes.marks();
+        SyncJob { tree: self.tree.clone(), log: self.log.clone() }
+    }
+    /// The sync went well.
+    pub fn synced(&mut self) {
+        self.nodes.keep(std::mem::take(&mut self.syncing));
+        if self.log.bytes() > HISTORY_LEN_MAX
+            && let Err(e) = self.trim()
+        {
+            log::warn!("{}: the history cannot be cut: {e}", self.dir.display());
+        }
+    }
+    fn trim(&mut self) -> Result<()> {
+        let (first, last) = (self.log.first().0, self.log.settled_through().0);
+        self.tree.index.flush(true).map_err(TreeError::from)?;
+        self.save_nodes()?;
+        Ok(self.log.trim(Seq(first + (last - first) / 2))?)
+    }
+    /// Makes everything durable, and the table of clients as well.
+    pub(super) fn save_nodes(&mut self) -> Result<()> {
+        let marks = self.nodes.marks();
+        let stamp = SyncJob { tree: self.tree.clone(), log: self.log.clone() }.run()?;
+        self.nodes.keep(marks);
+        Ok(self.nodes.save(Seq(stamp.0))?)
+    }
+    /// Keeps a piece of a content that is on its way in.
+    ///
+    /// # Errors
+    /// `NoRoom`, or as write(2).
+    pub fn spool(&self, node: u32, seq: Seq, at: u64, bytes: &[u8]) -> Result<()> {
+        Ok(self.spool.put(node, seq, at, bytes).map_err(TreeError::from)?)
+    }
+    pub fn unspool(&self, node: u32, seq: Seq) {
+        self.spool.remove(node, seq);
+    }
+
+    /// The entries of a directory behind the name `after`.
+    ///
+    /// # Errors
+    /// `Gone`, `NotADir`.
+    pub fn list(&mut self, fid: Fid, after: &[u8]) -> Result<Listing> {
+        let dir = self.dir(fid)?;
+        let names = self.names(&dir, after.is_empty())?;
+        let from = names.partition_point(|name| name.as_bytes() <= after);
+        let mut page = Listing { dir: self.dir_object(&dir)?, entries: Vec::new(), more: false };
+        let mut len = 0;
+        for name in &names[from..] {
+            if len >= PAGE_LEN {
+                page.more = true;
+                break;
+            }
+            let object = match self.object(&dir, name) {
+                Ok(object) => object,
+                // removed by somebody at the server while we look
+                Err(VolumeError::Os(Errno::NOENT)) => continue,
+                Err(e) => return Err(e),
+            };
+            len += 128 + name.as_bytes().len() + object.target.len();
+            len += object.xattrs.iter().map(|(k, v)| 8 + k.len() + v.len()).sum::<usize>();
+            page.entries.push((name.as_bytes().to_vec(), object));
+        }
+        if !page.more {
+            self.names = None;
+        }
+        if self.tree.index.fresh_count() > 16 * FRESH_MAX {
+            self.tree.index.flush(false).map_err(TreeError::from)?;
+        }
+        Ok(page)
+    }
+    /// Sorted; those of the directory that is being paged through are kept.
+    fn names(&mut self, dir: &Dir, first: bool) -> Result<Arc<Vec<Name>>> {
+        let ctime = fs::fstat(dir)?.ctime;
+        if let Some(known) = &self.names
+            && (known.dir, known.ctime, first) == (dir.fid, ctime, false)
+        {
+            return Ok(known.sorted.clone());
+        }
+        let entries = fs::read_dir(dir)?.into_iter();
+        let mut names: Vec<Name> = entries.filter_map(|e| Name::new(&e.name).ok()).collect();
+        if dir.fid == ROOT {
+            names.retain(|name| !is_own(name.as_bytes()));
+        }
+        names.sort_unstable();
+        let sorted = Arc::new(names);
+        self.names = Some(Names { dir: dir.fid, ctime, sorted: sorted.clone() });
+        Ok(sorted)
+    }
+
+    /// # Errors
+    /// `Gone`.
+    pub fn stat(&mut self, fid: Fid) -> Result<Object> {
+        if fid == ROOT {
+            let root = self.tree.root().clone();
+            return self.dir_object(&root);
+        }
+        let (dir, name) = self.tree.place(fid)?;
+        self.object(&dir, &name)
+    }
+    /// Bytes `at..at + len` of a file at this stamp.
+    ///
+    /// # Errors
+    /// `Gone`, `NotAFile`, and `Moved` when the file is at another stamp.
+    pub fn read(&mut self, fid: Fid, at: u64, len: u32, stamp: Stamp) -> Result<Piece> {
+        let (dir, name) = self.tree.place(fid)?;
+        if fs::stat(&*dir, name.as_bytes())?.kind() != fs::Kind::File {
+            return Err(VolumeError::NotAFile);
+        }
+        if self.tree.meta(&dir, &name)?.is_some_and(|meta| meta.stamp != stamp) {
+            return Err(VolumeError::Moved);
+        }
+        let flags = fs::o::RDONLY | fs::o::NONBLOCK;
+        let file = fs::open(&*dir, name.as_bytes(), flags, 0)?;
+        let stat = fs::fstat(&file)?;
+        let len = stat.size.saturating_sub(at).min(len.into()) as usize;
+        let mut bytes = vec![0; len];
+        let mut have = 0;
+        while have < len {
+            match fs::pread(&file, &mut bytes[have..], at + have as u64) {
+                Ok(0) => break,
+                Ok(count) => have += count,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        bytes.truncate(have);
+        Ok(Piece { bytes, size: stat.size, token: token(&stat) })
+    }
+    /// Which objects others than `node` have changed after `stamp`.
+    ///
+    /// # Errors
+    /// The history cannot be read.
+    pub fn since(&mut self, stamp: Stamp, node: u32) -> Result<History> {
+        let last = self.log.settled_through();
+        let next = Seq(stamp.0.saturating_add(1));
+        if stamp.0 > last.0 || next < self.log.first() {
+            return Ok(History { upto: Stamp(last.0), lost: true, ..History::default() });
+        }
+        let mut found = History { upto: stamp, ..History::default() };
+        for (count, entry) in self.log.entries(next).enumerate() {
+            let entry = entry?;
+            if entry.seq > last {
+                break;
+            }
+            if count >= SINCE_RECORDS_MAX || found.fids.len() >= SINCE_FIDS_MAX {
+                found.more = true;
+                break;
+            }
+            if entry.outcome == Outcome::Done && entry.record.origin.node != node {
+                found.fids.extend(entry.record.op.touched());
+            }
+            found.upto = Stamp(entry.seq.0);
+        }
+        found.fids.sort_unstable();
+        found.fids.dedup();
+        Ok(found)
+    }
+    /// # Errors
+    /// As statvfs(2).
+    pub fn space(&self) -> Result<fs::Space> {
+        Ok(fs::space(&**self.tree.root())?)
+    }
+
+    pub(super) fn dir(&self, fid: Fid) -> Result<Arc<Dir>> {
+        match self.tree.dir(fid) {
+            Err(TreeError::Os(Errno::NOTDIR)) => Err(VolumeError::NotADir),
+            found => Ok(found?),
+        }
+    }
+    fn dir_object(&self, dir: &Dir) -> Result<Object> {
+        let stat = fs::fstat(dir)?;
+        let mut attr = attr_of(&stat);
+        if dir.fid == ROOT && attr.nlink > 2 {
+            // imz's own directories are not there for clients
+            let own = [OWN_NAME, super::tree::CONFLICTS_NAME];
+            let here = own.iter().filter(|name| fs::stat(dir, name).is_ok()).count();
+            attr.nlink -= here as u32;
+        }
+        let (xattrs, stamp) = (self.xattrs(dir, b"")?, dir.meta().stamp);
+        Ok(Object { fid: dir.fid, stamp, attr, target: Vec::new(), xattrs })
+    }
+    fn object(&mut self, dir: &Dir, name: &Name) -> Result<Object> {
+        let (meta, stat) = self.seen(dir, name)?;
+        let target = match stat.kind() {
+            fs::Kind::Symlink => fs::readlink(dir, name.as_bytes())?,
+            _ => Vec::new(),
+        };
+        let xattrs = self.xattrs(dir, name.as_bytes())?;
+        Ok(Object { fid: meta.fid, stamp: meta.stamp, attr: attr_of(&stat), target, xattrs })
+    }
+    fn xattrs(&self, dir: &Dir, name: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        let mut found = Vec::new();
+        let mut len = 0;
+        for key in fs::xattr::list(dir, name)? {
+            if key == self.tree.own_key() {
+                continue;
+            }
+            if let Some(value) = fs::xattr::get(dir, name, &key)? {
+                len += key.len() + value.len();
+                if len > XATTRS_LEN_MAX || found.len() == XATTRS_MAX {
+                    let name = name.escape_ascii();
+                    log::warn!("{name}: more extended attributes than can be given to clients");
+                    break;
+                }
+                found.push((key, value));
+            }
+        }
+        Ok(found)
+    }
+
+    /// What stands at `name`, with a fid if it has none yet.
+    pub(super) fn seen(&mut self, dir: &Dir, name: &Name) -> Result<(Meta, fs::Stat)> {
+        let stat = fs::stat(dir, name.as_bytes())?;
+        if let Some(meta) = self.tree.meta(dir, name)? {
+            let known = self.tree.names(meta.fid)?;
+            if known.iter().any(|(parent, at)| *parent == dir.fid && at == name) {
+                return Ok((meta, stat));
+            }
+            // moved or linked behind our back; or copied, and the attribute with it
+            let mut elsewhere = known.iter().filter_map(|(parent, at)| {
+                let dir = self.tree.dir(*parent).ok()?;
+                let fid = self.tree.meta(&dir, at).ok()??.fid;
+                let ino = fs::stat(&*dir, at.as_bytes()).ok()?.ino;
+                (fid == meta.fid).then_some(ino)
+            });
+            if elsewhere.all(|ino| ino == stat.ino) {
+                self.tree.index.add(meta.fid, dir.fid, name).map_err(TreeError::from)?;
+                return Ok((meta, stat));
+            }
+        }
+        let meta = Meta::whole(self.state.new_fid()?);
+        self.tree.set_meta(dir, name, &meta)?;
+        self.tree.index.set(meta.fid, dir.fid, name);
+        Ok((meta, stat))
+    }
+}
+
+/// Changes with a file's data: FNV-1a over what moves when they do.
+fn token(stat: &fs::Stat) -> u64 {
+    let words = [stat.ino, stat.size, stat.mtime.0 as u64, stat.mtime.1.into()];
+    let words = words.into_iter().chain([stat.ctime.0 as u64, stat.ctime.1.into()]);
+    words.flat_map(u64::to_le_bytes).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,630 @@
+//! A volume on a real directory: what is served, what is applied, what a crash leaves.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use super::super::apply::{Applied, Content, Incoming};
+use super::*;
+use crate::kml::record::{
+    Change, Gone, Op, Origin, Over, Place, Range, Record, Seq, TARGET_LEN_MAX,
+};
+
+const T: u64 = 1_700_000_000_123_456_789;
+
+struct Rig {
+    at: tempfile::TempDir,
+    volume: Option<Volume>,
+    /// next seq of each client
+    seqs: HashMap<u32, u64>,
+}
+
+/// A volume in an empty directory, with two clients, 1 and 2.
+fn rig() -> Rig {
+    let at = tempfile::tempdir().unwrap();
+    std::fs::create_dir(at.path().join("v")).unwrap();
+    let mut rig = Rig { at, volume: None, seqs: HashMap::new() };
+    rig.open();
+    for node in [1, 2] {
+        assert_eq!(rig.v().meet([node as u8; 16], 0, "h").unwrap(), (node, Seq(0)));
+    }
+    rig
+}
+
+impl Rig {
+    fn dir(&self) -> PathBuf {
+        self.at.path().join("v")
+    }
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir().join(name)
+    }
+    fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path(name)).unwrap()
+    }
+    fn open(&mut self) {
+        self.volume = Some(Volume::open(&self.dir(), None, "v").unwrap());
+    }
+    /// As after a kill: nothing is written at the end.
+    fn kill(&mut self) {
+        self.volume = None;
+    }
+    fn v(&mut self) -> &mut Volume {
+        self.volume.as_mut().unwrap()
+    }
+    fn record(&self, op: Op) -> Record {
+        let (uid, gid) = cred::own();
+        let path = b"some/path".to_vec();
+        Record { time_ns: T, origin: Origin::default(), uid, gid, path, op }
+    }
+    fn next(&mut self, node: u32) -> Seq {
+        let seq = self.seqs.entry(node).or_default();
+        *seq += 1;
+        Seq(*seq)
+    }
+    fn with(&mut self, node: u32, op: Op, content: Content<'_>) -> Applied {
+        let (seq, record) = (self.next(node), self.record(op));
+        let change = Incoming { seq, record: &record, content };
+        self.v().apply(node, seq, &[change])
+    }
+    /// Applies an operation that fits.
+    fn ok(&mut self, node: u32, op: Op) {
+        let out = self.with(node, op.clone(), Content::None);
+        assert!(out.failure.is_none() && out.conflicts.is_empty(), "{op:?}: {out:?}");
+    }
+    fn store(&mut self, node: u32, fid: Fid, base: Stamp, bytes: &[u8]) -> Applied {
+        self.with(node, store(fid, base, bytes.len() as u64), Content::Inline(bytes))
+    }
+    fn stamp(&mut self, fid: Fid) -> Stamp {
+        self.v().stat(fid).unwrap().stamp
+    }
+    fn fid(&mut self, name: &str) -> Fid {
+        let page = self.v().list(ROOT, b"").unwrap();
+        page.entries.iter().find(|(n, _)| n == name.as_bytes()).unwrap().1.fid
+    }
+    fn names(&mut self) -> Vec<String> {
+        let page = self.v().list(ROOT, b"").unwrap();
+        page.entries.iter().map(|(n, _)| String::from_utf8_lossy(n).into_owned()).collect()
+    }
+}
+
+fn at(dir: Fid, name: &str) -> Place {
+    Place { dir, base: Stamp(0), name: Name::new(name.as_bytes()).unwrap() }
+}
+
+fn create(dir: Fid, name: &str, fid: Fid) -> Op {
+    Op::Create { at: at(dir, name), fid, mode: 0o666, umask: 0o027 }
+}
+
+fn mkdir(dir: Fid, name: &str, fid: Fid) -> Op {
+    Op::Mkdir { at: at(dir, name), fid, mode: 0o777, umask: 0o022 }
+}
+
+fn store(fid: Fid, base: Stamp, size: u64) -> Op {
+    let mtime = crate::kml::record::Time { sec: 77, nsec: 5 };
+    let ranges = vec![Range { at: 0, len: size }];
+    Op::Store { fid, base, size, mtime, ranges, old_size: 0 }
+}
+
+fn gone(fid: Fid, base: Stamp) -> Gone {
+    Gone { fid, base, attr: Default::default(), target: None }
+}
+
+fn unlink(dir: Fid, name: &str, fid: Fid, base: Stamp) -> Op {
+    Op::Unlink { at: at(dir, name), gone: gone(fid, base) }
+}
+
+fn rename(from: &str, to: &str, fid: Fid, over: Over) -> Op {
+    Op::Rename { from: at(ROOT, from), to: at(ROOT, to), fid, base: Stamp(0), over }
+}
+
+const FREE: Over = Over::Nothing { noreplace: false };
+
+fn f(node: u32, counter: u64) -> Fid {
+    Fid::new(node, counter)
+}
+
+#[test]
+fn an_existing_directory_is_served_as_it_is() {
+    let at = tempfile::tempdir().unwrap();
+    let dir = at.path().join("v");
+    std::fs::create_dir_all(dir.join("sub")).unwrap();
+    std::fs::write(dir.join("b"), "hello").unwrap();
+    std::fs::hard_link(dir.join("b"), dir.join("c")).unwrap();
+    std::os::unix::fs::symlink("nowhere", dir.join("a")).unwrap();
+    let before = std::fs::metadata(&dir).unwrap();
+    let mut volume = Volume::open(&dir, None, "v").unwrap();
+    let page = volume.list(ROOT, b"").unwrap();
+    let names: Vec<&[u8]> = page.entries.iter().map(|(n, _)| &n[..]).collect();
+    assert_eq!(names, [b"a", b"b", b"c", &b"sub"[..]], "sorted, and .imz is not there");
+    let object = |i: usize| &page.entries[i].1;
+    assert_eq!(object(0).target, b"nowhere");
+    assert_eq!((object(1).fid, object(1).attr.nlink), (object(2).fid, 2));
+    assert_eq!((object(1).attr.size, object(1).stamp), (5, Stamp(0)));
+    assert_eq!(page.dir.attr.mtime.nsec, before.mtime_nsec() as u32, "as it was");
+    assert_eq!(page.dir.attr.nlink, before.nlink() as u32);
+    let (b, sub) = (object(1).fid, object(3).fid);
+    volume.close().unwrap();
+    let mut volume = Volume::open(&dir, None, "v").unwrap();
+    assert_eq!(volume.stat(b).unwrap().attr.size, 5, "found by the fid it had before");
+    assert!(volume.list(sub, b"").unwrap().entries.is_empty());
+    assert!(matches!(volume.list(b, b""), Err(VolumeError::Gone(_) | VolumeError::NotADir)));
+    assert!(matches!(volume.stat(Fid(99999)), Err(VolumeError::Gone(_))));
+    let piece = volume.read(b, 1, 3, Stamp(0)).unwrap();
+    assert_eq!((&piece.bytes[..], piece.size), (&b"ell"[..], 5));
+    assert_eq!(volume.read(b, 5, 3, Stamp(0)).unwrap().bytes, b"");
+    assert!(matches!(volume.read(b, 0, 3, Stamp(9)), Err(VolumeError::Moved)));
+    assert!(matches!(volume.read(sub, 0, 3, Stamp(0)), Err(VolumeError::NotAFile)));
+}
+
+#[test]
+fn large_directories_come_in_pages() {
+    let mut rig = rig();
+    let long = "x".repeat(200);
+    for i in 0..4000 {
+        std::fs::write(rig.path(&format!("{i:04}{long}")), "").unwrap();
+    }
+    let (mut after, mut count, mut pages) = (Vec::new(), 0, 0);
+    loop {
+        let page = rig.v().list(ROOT, &after).unwrap();
+        (count, pages) = (count + page.entries.len(), pages + 1);
+        assert!(page.entries.is_sorted_by(|a, b| a.0 < b.0) && page.entries[0].0 > after);
+        after.clone_from(&page.entries.last().unwrap().0);
+        if !page.more {
+            break;
+        }
+    }
+    assert_eq!(count, 4000);
+    assert!((3..=5).contains(&pages), "{pages}");
+}
+
+#[test]
+fn a_copied_attribute_does_not_make_two_of_one_object() {
+    let mut rig = rig();
+    std::fs::write(rig.path("a"), "1").unwrap();
+    let a = rig.fid("a");
+    std::fs::write(rig.path("b"), "2").unwrap();
+    let key = rig.v().tree.own_key();
+    let dir = fs::open_root(&rig.dir()).unwrap();
+    let value = fs::xattr::get(&dir, b"a", key).unwrap().unwrap();
+    fs::xattr::set(&dir, b"b", key, &value, 0).unwrap();
+    assert_ne!(rig.fid("b"), a);
+    assert_eq!(rig.fid("a"), a);
+    std::fs::rename(rig.path("a"), rig.path("c")).unwrap();
+    assert_eq!(rig.fid("c"), a, "and one that was moved keeps its own");
+}
+
+#[test]
+fn every_kind_of_record_is_applied() {
+    let mut rig = rig();
+    rig.ok(1, mkdir(ROOT, "d", f(1, 1)));
+    rig.ok(1, create(f(1, 1), "f", f(1, 2)));
+    let out = rig.store(1, f(1, 2), Stamp(0), b"hello");
+    let stamp = rig.v().stamp();
+    assert_eq!(out.stamps, [(f(1, 2), stamp)]);
+    assert_eq!(rig.read("d/f"), "hello");
+    let meta = std::fs::metadata(rig.path("d/f")).unwrap();
+    assert_eq!((meta.mtime(), meta.mtime_nsec(), meta.mode() & 0o777), (77, 5, 0o640));
+    rig.store(1, f(1, 2), Stamp(0), b"other text");
+    assert_eq!(rig.read("d/f"), "other text");
+    let meta = std::fs::metadata(rig.path("d/f")).unwrap();
+    assert_eq!((meta.len(), meta.mode() & 0o777), (10, 0o640), "a new file in the old one's dress");
+    rig.ok(1, Op::Symlink { at: at(ROOT, "s"), fid: f(1, 3), target: b"d/f".to_vec() });
+    assert_eq!(std::fs::read_link(rig.path("s")).unwrap(), Path::new("d/f"));
+    let mode = 0o010666;
+    rig.ok(1, Op::Mknod { at: at(ROOT, "p"), fid: f(1, 4), mode, umask: 0, rdev: 0 });
+    rig.ok(1, Op::Link { at: at(ROOT, "g"), fid: f(1, 2), base: Stamp(0) });
+    assert_eq!(rig.v().stat(f(1, 2)).unwrap().attr.nlink, 2);
+    rig.store(1, f(1, 2), Stamp(0), b"in place");
+    assert_eq!((rig.read("g"), rig.read("d/f")), ("in place".into(), "in place".into()));
+    let name = b"user.x".to_vec();
+    let value = b"1".to_vec();
+    let (fid, base) = (f(1, 2), Stamp(0));
+    rig.ok(1, Op::Setxattr { fid, base, name: name.clone(), value, old: None });
+    assert_eq!(rig.v().stat(fid).unwrap().xattrs, [(name.clone(), b"1".to_vec())]);
+    rig.ok(1, Op::Removexattr { fid, base, name, old: None });
+    assert_eq!(rig.v().stat(fid).unwrap().xattrs, []);
+    let new = Change { mode: Some(0o600), size: Some(2), ..Change::default() };
+    rig.ok(1, Op::Setattr { fid, base, new, old: Change::default() });
+    assert_eq!(rig.read("g"), "in");
+    rig.ok(1, rename("g", "h", fid, FREE));
+    rig.ok(1, create(ROOT, "i", f(1, 5)));
+    rig.ok(1, rename("i", "h", f(1, 5), Over::Replaced(gone(fid, base))));
+    assert_eq!(rig.v().stat(fid).unwrap().attr.nlink, 1);
+    rig.ok(1, rename("h", "s", f(1, 5), Over::Exchanged { fid: f(1, 3), base }));
+    assert_eq!(rig.fid("h"), f(1, 3));
+    rig.ok(1, unlink(ROOT, "s", f(1, 5), base));
+    rig.ok(1, unlink(f(1, 1), "f", fid, base));
+    rig.ok(1, Op::Rmdir { at: at(ROOT, "d"), gone: gone(f(1, 1), base) });
+    assert_eq!(rig.names(), ["h", "p"]);
+    let root = std::fs::metadata(rig.dir()).unwrap();
+    assert_eq!((root.mtime(), root.mtime_nsec()), (1_700_000_000, 123_456_789));
+    let stamp = rig.v().stamp();
+    assert_eq!(rig.stamp(ROOT), stamp);
+    assert_eq!(rig.v().conflicts(), 0);
+    let kinds = rig.v().log.entries(Seq(1)).map(|e| e.unwrap().outcome);
+    assert!(kinds.collect::<Vec<_>>().iter().all(|o| *o == Outcome::Done));
+}
+
+#[test]
+fn objects_belong_to_who_made_them() {
+    if !cred::is_root() {
+        eprintln!("skipped: only root makes files of others");
+        return;
+    }
+    let mut rig = rig();
+    let mut record = rig.record(create(ROOT, "f", f(1, 1)));
+    (record.uid, record.gid) = (1234, 4321);
+    let change = Incoming { seq: Seq(1), record: &record, content: Content::None };
+    assert!(rig.v().apply(1, Seq(1), &[change]).failure.is_none());
+    let meta = std::fs::metadata(rig.path("f")).unwrap();
+    assert_eq!((meta.uid(), meta.gid()), (1234, 4321));
+    rig.seqs.insert(1, 1);
+    rig.store(1, f(1, 1), Stamp(0), b"1");
+    rig.store(1, f(1, 1), Stamp(0), b"2");
+    let meta = std::fs::metadata(rig.path("f")).unwrap();
+    assert_eq!((meta.uid(), meta.gid()), (1234, 4321), "also after it was replaced");
+}
+
+#[test]
+fn spooled_contents_take_their_place() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    let big = vec![7; 3 << 20];
+    rig.v().spool(1, Seq(2), 1 << 20, &big[1 << 20..]).unwrap();
+    rig.v().spool(1, Seq(2), 0, &big[..1 << 20]).unwrap();
+    rig.with(1, store(f(1, 1), Stamp(0), big.len() as u64), Content::Spooled);
+    assert_eq!(std::fs::read(rig.path("f")).unwrap(), big);
+    // only a part of it
+    rig.v().spool(1, Seq(3), 5, b"xyz").unwrap();
+    let ranges = vec![Range { at: 5, len: 3 }];
+    let mtime = Default::default();
+    let (fid, base, size) = (f(1, 1), Stamp(0), 9);
+    let op = Op::Store { fid, base, size, mtime, ranges, old_size: 0 };
+    rig.with(1, op, Content::Spooled);
+    assert_eq!(std::fs::read(rig.path("f")).unwrap(), b"\x07\x07\x07\x07\x07xyz\x07");
+    let left = std::fs::read_dir(rig.path(".imz/spool")).unwrap().count();
+    assert_eq!(left, 1, "the lock");
+    // of a file that the client has removed since
+    let out = rig.with(1, store(f(1, 1), Stamp(0), 100), Content::Gone);
+    assert!(out.conflicts.is_empty() && out.failure.is_none());
+}
+
+#[test]
+fn a_record_is_applied_once() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.ok(1, unlink(ROOT, "f", f(1, 1), Stamp(0)));
+    let stamp = rig.v().stamp();
+    let record = rig.record(create(ROOT, "f", f(1, 1)));
+    let again = Incoming { seq: Seq(1), record: &record, content: Content::None };
+    let out = rig.v().apply(1, Seq(1), &[again]);
+    assert!(out.failure.is_none() && out.upto == Seq(1) && out.stamps.is_empty());
+    assert_eq!((rig.names().len(), rig.v().stamp()), (0, stamp));
+    // the optimiser dropped some records at the end
+    let out = rig.v().apply(1, Seq(7), &[]);
+    assert_eq!(out.upto, Seq(7));
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap(), (1, Seq(0)), "nothing is durable yet");
+    rig.v().sync_job().run().unwrap();
+    rig.v().synced();
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap(), (1, Seq(7)));
+}
+
+#[test]
+fn names_of_imz_and_fids_of_others_are_refused() {
+    let mut rig = rig();
+    for (op, conflicts) in [
+        (create(ROOT, ".imz", f(1, 1)), 1),
+        (mkdir(ROOT, ".imz-conflicts", f(1, 2)), 2),
+        (create(ROOT, "x", f(2, 3)), 3),
+        (create(ROOT, "y", Fid(77)), 4),
+    ] {
+        let out = rig.with(1, op, Content::None);
+        assert!(out.failure.is_none() && !out.conflicts.is_empty());
+        assert_eq!(rig.v().conflicts(), conflicts);
+    }
+    assert_eq!(rig.names(), Vec::<String>::new(), "hidden, both of them");
+    rig.ok(1, mkdir(ROOT, "d", f(1, 5)));
+    rig.ok(1, create(f(1, 5), ".imz", f(1, 6)));
+    let out = rig.with(1, unlink(ROOT, ".imz", Fid(1), Stamp(0)), Content::None);
+    assert!(!out.conflicts.is_empty());
+    assert!(rig.path(".imz").is_dir());
+    let (fid, base, value) = (f(1, 5), Stamp(0), vec![1]);
+    let name = rig.v().tree.own_key().to_vec();
+    let out = rig.with(1, Op::Setxattr { fid, base, name, value, old: None }, Content::None);
+    assert!(!out.conflicts.is_empty());
+    assert_eq!(rig.v().stat(fid).unwrap().fid, fid);
+}
+
+#[test]
+fn two_stores_conflict_and_both_are_kept() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.store(1, f(1, 1), Stamp(0), b"one");
+    let base = rig.stamp(f(1, 1));
+    rig.store(2, f(1, 1), base, b"from two");
+    // a stamp is only as old as what others did: the author's own changes do not make it so
+    rig.store(2, f(1, 1), base, b"from two, again");
+    assert_eq!(rig.v().conflicts(), 0);
+    let out = rig.store(1, f(1, 1), base, b"from one");
+    assert_eq!((out.conflicts, out.stamps.len()), (vec![f(1, 1)], 0));
+    assert_eq!(rig.read("f"), "from two, again");
+    assert_eq!(rig.read(".imz-conflicts/1-3/data"), "from one");
+    let told = rig.read(".imz-conflicts/1-3/record.json");
+    assert!(told.contains("somebody else has changed") && told.contains("some/path"), "{told}");
+    // what comes behind it is not blocked, and equal contents are no conflict
+    rig.ok(1, create(ROOT, "g", f(1, 2)));
+    let out = rig.store(1, f(1, 1), base, b"from two, again");
+    assert!(out.conflicts.is_empty());
+    assert_eq!(rig.v().conflicts(), 1);
+    rig.kill();
+    rig.open();
+    assert_eq!(rig.v().conflicts(), 1);
+}
+
+#[test]
+fn a_taken_name_keeps_the_other_object_aside_with_all_that_follows() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.store(1, f(1, 1), Stamp(0), b"of one");
+    let out = rig.with(2, create(ROOT, "f", f(2, 1)), Content::None);
+    assert_eq!(out.conflicts, [ROOT, f(2, 1)]);
+    rig.store(2, f(2, 1), Stamp(0), b"of two");
+    assert_eq!((rig.read("f"), rig.names()), ("of one".into(), vec!["f".to_owned()]));
+    assert_eq!(rig.read(".imz-conflicts/2-1/kept/f"), "of two");
+    // and a file that is renamed to it
+    rig.ok(2, create(ROOT, "tmp", f(2, 2)));
+    rig.store(2, f(2, 2), Stamp(0), b"third");
+    let out = rig.with(2, rename("tmp", "f", f(2, 2), FREE), Content::None);
+    assert!(!out.conflicts.is_empty());
+    assert_eq!(rig.read(".imz-conflicts/2-5/kept/f"), "third");
+    assert_eq!(rig.names(), ["f"]);
+}
+
+#[test]
+fn two_that_make_one_directory_share_it() {
+    let mut rig = rig();
+    rig.ok(1, mkdir(ROOT, "d", f(1, 1)));
+    let out = rig.with(2, mkdir(ROOT, "d", f(2, 1)), Content::None);
+    assert!(out.conflicts.contains(&f(2, 1)) && out.also == [f(1, 1)]);
+    let out = rig.with(2, create(f(2, 1), "g", f(2, 2)), Content::None);
+    assert!(out.conflicts.is_empty() && out.also.contains(&f(1, 1)));
+    rig.ok(1, create(f(1, 1), "f", f(1, 2)));
+    assert!(rig.path("d/f").exists() && rig.path("d/g").exists());
+    assert_eq!(rig.v().conflicts(), 0);
+    rig.kill();
+    rig.open();
+    rig.with(2, create(f(2, 1), "h", f(2, 3)), Content::None);
+    assert!(rig.path("d/h").exists(), "also after a restart");
+}
+
+#[test]
+fn removals_certify_too() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    let base = rig.stamp(f(1, 1));
+    rig.store(1, f(1, 1), Stamp(0), b"new");
+    let out = rig.with(2, unlink(ROOT, "f", f(1, 1), base), Content::None);
+    assert_eq!((out.conflicts.len(), rig.read("f")), (2, "new".into()), "bytes it has not seen");
+    rig.ok(1, unlink(ROOT, "f", f(1, 1), base));
+    rig.ok(2, unlink(ROOT, "f", f(1, 1), base));
+    rig.ok(1, mkdir(ROOT, "d", f(1, 2)));
+    rig.ok(1, create(f(1, 2), "x", f(1, 3)));
+    let out =
+        rig.with(2, Op::Rmdir { at: at(ROOT, "d"), gone: gone(f(1, 2), Stamp(0)) }, Content::None);
+    assert!(!out.conflicts.is_empty() && out.failure.is_none());
+    assert!(rig.path("d/x").exists());
+    let out = rig.store(2, f(1, 1), base, b"too late");
+    assert_eq!(
+        (out.conflicts, rig.read(".imz-conflicts/2-4/data")),
+        (vec![f(1, 1)], "too late".into())
+    );
+    // in a directory that is gone
+    let out = rig.with(2, create(Fid(4711), "y", f(2, 1)), Content::None);
+    assert!(out.failure.is_none() && rig.path(".imz-conflicts/2-5/kept/y").exists());
+}
+
+#[test]
+fn the_history_says_what_others_changed() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.ok(2, create(ROOT, "g", f(2, 1)));
+    let of = |rig: &mut Rig, stamp, node| rig.v().since(Stamp(stamp), node).unwrap();
+    let all = History { fids: vec![ROOT, f(2, 1)], upto: Stamp(2), more: false, lost: false };
+    assert_eq!(of(&mut rig, 0, 1), all);
+    assert_eq!(of(&mut rig, 1, 2), History { upto: Stamp(2), ..History::default() });
+    assert_eq!(of(&mut rig, 2, 1), History { upto: Stamp(2), ..History::default() });
+    assert!(of(&mut rig, 3, 1).lost, "a stamp that this server never gave");
+}
+
+#[test]
+fn one_server_at_a_time_and_only_of_a_directory() {
+    let mut rig = rig();
+    let again = Volume::open(&rig.dir(), None, "v");
+    assert!(matches!(again, Err(VolumeError::State(StateError::InUse { .. }))));
+    let elsewhere = rig.at.path().join("state");
+    let again = Volume::open(&rig.dir(), Some(&elsewhere), "v");
+    assert!(matches!(again, Err(VolumeError::State(StateError::InUse { .. }))));
+    let missing = Volume::open(&rig.at.path().join("no"), None, "v");
+    assert!(matches!(missing, Err(VolumeError::Missing { .. })));
+    std::fs::write(rig.path("f"), "").unwrap();
+    let file = Volume::open(&rig.path("f"), None, "v");
+    assert!(matches!(file, Err(VolumeError::Missing { .. })));
+    let id = rig.v().id();
+    rig.volume.take().unwrap().close().unwrap();
+    rig.open();
+    assert_eq!(rig.v().id(), id);
+}
+
+#[test]
+fn state_may_be_elsewhere() {
+    let at = tempfile::tempdir().unwrap();
+    let (dir, state) = (at.path().join("v"), at.path().join("s"));
+    std::fs::create_dir(&dir).unwrap();
+    let volume = Volume::open(&dir, Some(&state), "v").unwrap();
+    volume.close().unwrap();
+    assert!(state.join("state.json").exists() && state.join("kml").exists());
+    assert!(!dir.join(".imz/state.json").exists());
+}
+
+#[test]
+fn a_kill_loses_nothing_that_was_applied() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.store(1, f(1, 1), Stamp(0), b"text");
+    let stamp = rig.v().stamp();
+    rig.kill();
+    rig.open();
+    assert_eq!((rig.v().stamp(), rig.read("f")), (stamp, "text".into()));
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap(), (1, Seq(2)), "synced at the start");
+    assert_eq!(rig.stamp(f(1, 1)), stamp);
+}
+
+/// Appends a record as if the process had died right behind it.
+fn intend(rig: &mut Rig, node: u32, op: Op) -> Seq {
+    let seq = rig.next(node);
+    let mut record = rig.record(op);
+    record.origin = Origin { node, seq };
+    rig.v().log.append(&record).unwrap();
+    seq
+}
+
+#[test]
+fn an_intention_is_carried_out_by_the_next_life() {
+    let cases: Vec<(&str, Op)> = vec![
+        ("made", create(ROOT, "new", f(1, 9))),
+        ("made", mkdir(ROOT, "new", f(1, 9))),
+        ("made", Op::Symlink { at: at(ROOT, "new"), fid: f(1, 9), target: b"t".to_vec() }),
+        ("made", Op::Link { at: at(ROOT, "new"), fid: f(1, 1), base: Stamp(0) }),
+        ("moved", rename("f", "new", f(1, 1), FREE)),
+        ("gone", unlink(ROOT, "f", f(1, 1), Stamp(0))),
+    ];
+    // the crash came before the operation, or behind it
+    for (what, op) in cases {
+        for done in [false, true] {
+            let mut rig = rig();
+            rig.ok(1, create(ROOT, "f", f(1, 1)));
+            let seq = intend(&mut rig, 1, op.clone());
+            if done {
+                let mut record = rig.record(op.clone());
+                record.origin = Origin { node: 1, seq };
+                let stamp = rig.v().stamp();
+                rig.v().perform(&record, Content::None, stamp).unwrap();
+            }
+            for _ in 0..2 {
+                rig.kill();
+                rig.open();
+                let want: &[&str] = match what {
+                    "made" => &["f", "new"],
+                    "moved" => &["new"],
+                    _ => &[],
+                };
+                assert_eq!(rig.names(), want, "{op:?} {done}");
+                assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, seq);
+                assert_eq!(rig.v().log.unsettled().unwrap().len(), 0);
+                assert_eq!(rig.v().conflicts(), 0);
+            }
+            if what == "made" && !matches!(op, Op::Link { .. }) {
+                assert_eq!(rig.fid("new"), f(1, 9));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_half_made_object_gets_its_fid() {
+    let mut rig = rig();
+    intend(&mut rig, 1, create(ROOT, "f", f(1, 1)));
+    std::fs::write(rig.path("f"), "").unwrap();
+    rig.kill();
+    rig.open();
+    assert_eq!(rig.fid("f"), f(1, 1));
+}
+
+#[test]
+fn a_store_that_was_cut_off_comes_again() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    let seq = intend(&mut rig, 1, store(f(1, 1), Stamp(0), 4));
+    rig.kill();
+    rig.open();
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(1), "not this one");
+    let record = rig.record(store(f(1, 1), Stamp(0), 4));
+    let change = Incoming { seq, record: &record, content: Content::Inline(b"text") };
+    let out = rig.v().apply(1, seq, &[change]);
+    assert!(out.failure.is_none() && out.conflicts.is_empty());
+    assert_eq!(rig.read("f"), "text");
+}
+
+#[test]
+fn what_the_power_took_is_done_again() {
+    let mut rig = rig();
+    rig.ok(1, mkdir(ROOT, "d", f(1, 1)));
+    rig.v().sync_job().run().unwrap();
+    rig.v().synced();
+    // behind the last sync: applied, and then lost with the power
+    rig.ok(1, create(f(1, 1), "a", f(1, 2)));
+    rig.store(1, f(1, 2), Stamp(0), b"text");
+    rig.ok(
+        1,
+        Op::Rename {
+            from: at(f(1, 1), "a"),
+            to: at(ROOT, "b"),
+            fid: f(1, 2),
+            base: Stamp(0),
+            over: FREE,
+        },
+    );
+    rig.kill();
+    let nodes = rig.path(".imz/nodes.json");
+    let table = std::fs::read_to_string(&nodes).unwrap();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    std::fs::write(&nodes, table.replace(boot.trim(), "another boot")).unwrap();
+    std::fs::remove_file(rig.path("b")).unwrap();
+    rig.open();
+    assert_eq!(rig.names(), ["b", "d"], "names are redone from the journal");
+    assert_eq!((rig.fid("b"), rig.read("b")), (f(1, 2), String::new()));
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(1), "all the rest comes again");
+    let records = [
+        rig.record(create(f(1, 1), "a", f(1, 2))),
+        rig.record(store(f(1, 2), Stamp(0), 4)),
+        rig.record(Op::Rename {
+            from: at(f(1, 1), "a"),
+            to: at(ROOT, "b"),
+            fid: f(1, 2),
+            base: Stamp(0),
+            over: FREE,
+        }),
+    ];
+    let contents = [Content::None, Content::Inline(b"text"), Content::None];
+    let changes: Vec<Incoming<'_>> = (0..3)
+        .map(|i| Incoming { seq: Seq(2 + i as u64), record: &records[i], content: contents[i] })
+        .collect();
+    let out = rig.v().apply(1, Seq(4), &changes);
+    assert!(out.failure.is_none() && out.conflicts.is_empty(), "{out:?}");
+    assert_eq!((rig.names(), rig.read("b")), (vec!["b".into(), "d".to_owned()], "text".into()));
+    rig.kill();
+    rig.open();
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(4));
+}
+
+#[test]
+fn what_the_file_system_refuses_is_a_conflict_and_no_stop() {
+    let mut rig = rig();
+    let target = vec![b'x'; TARGET_LEN_MAX];
+    rig.ok(1, Op::Symlink { at: at(ROOT, "long"), fid: f(1, 1), target: target.clone() });
+    assert_eq!(rig.v().stat(f(1, 1)).unwrap().target.len(), target.len());
+    rig.ok(1, mkdir(ROOT, "d", f(1, 2)));
+    rig.ok(1, mkdir(f(1, 2), "e", f(1, 3)));
+    // into itself
+    let op = Op::Rename {
+        from: at(ROOT, "d"),
+        to: at(f(1, 3), "x"),
+        fid: f(1, 2),
+        base: Stamp(0),
+        over: FREE,
+    };
+    let out = rig.with(1, op, Content::None);
+    assert!(out.failure.is_none() && !out.conflicts.is_empty(), "{out:?}");
+    assert!(rig.path("d/e").exists());
+    rig.ok(1, create(ROOT, "next", f(1, 4)));
+    std::fs::set_permissions(rig.path("next"), std::fs::Permissions::from_mode(0o400)).unwrap();
+    assert_eq!(rig.names(), ["d", "long", "next"]);
+}
