@@ -13,7 +13,7 @@ use crossbeam_channel::Receiver;
 use super::work::{Job, Worker};
 use super::{In, Notify, Options, Peer, Shared, Waiter, Want};
 use crate::kml::record::{Fid, Seq, Stamp};
-use crate::lento::client::{Bytes, Client, Effect, Ticket, Unmet, Want as Need, Who};
+use crate::lento::client::{Bytes, Client, Effect, Settings, Ticket, Unmet, Want as Need, Who};
 use crate::lento::message::*;
 use crate::lento::policy;
 use crate::lento::ship::Bell;
@@ -39,6 +39,7 @@ pub(super) struct Driver {
     cache: Arc<Cache>,
     peer: Peer,
     machine: Client,
+    timeout: Duration,
     notifier: Box<dyn Notify>,
     event_loop: Loop,
     inbox: Receiver<In>,
@@ -103,11 +104,13 @@ impl Driver {
         let (acked, current) = (cache.acked(), cache.current_stamp());
         // Any number does: clients differ in their incarnation, and attempts in their time.
         let seed = facts.incarnation() as u64 ^ u64::from(std::process::id());
-        let machine = Client::new(who, current, acked, options.age, seed, now);
+        let settings = Settings { age: options.age, timeout: options.timeout };
+        let machine = Client::new(who, current, acked, settings, seed, now);
         Driver {
             shared,
             peer,
             machine,
+            timeout: options.timeout,
             notifier,
             event_loop,
             inbox,
@@ -175,7 +178,7 @@ impl Driver {
         {
             return Instant::now();
         }
-        let waiting = self.waiting.iter().map(|(_, since, _)| *since + policy::TIMEOUT).min();
+        let waiting = self.waiting.iter().map(|(_, since, _)| *since + self.timeout).min();
         let keep = self.must_keep().then_some(self.keep_at);
         let moving = (self.rate.per_second > 1.0).then(|| self.rate.since + FLUSH_AFTER);
         let all = [waiting, self.look_at, self.flush_at, keep, moving];
@@ -632,7 +635,8 @@ impl Driver {
         if now >= self.keep_at && self.must_keep() {
             self.keep(now);
         }
-        let late = |since: &Instant| now >= *since + policy::TIMEOUT;
+        let timeout = self.timeout;
+        let late = |since: &Instant| now >= *since + timeout;
         let online = self.machine.is_online();
         for (_, since, _) in &mut self.waiting {
             if online && late(since) {

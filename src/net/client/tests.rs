@@ -101,7 +101,7 @@ fn rig_of(peer: Peer, accepted: crossbeam_channel::Receiver<UnixStream>) -> Rig 
     let state = State::open(&at("state"), || StateFacts::new("v", "", 0, 0)).unwrap();
     let cache = Arc::new(Cache::new(tree, log, state, &at("limbo")).unwrap());
     let notices = Arc::new(Mutex::new(Vec::new()));
-    let options = Options { age: Duration::from_millis(20), host: "h".into() };
+    let options = Options { age: Duration::from_millis(20), ..Options::default() };
     let handle = start(cache.clone(), peer, options, Box::new(Notes(notices.clone()))).unwrap();
     Rig { dir, cache, handle, notices, accepted }
 }
