@@ -30,6 +30,7 @@ use crate::replica::hydrate::Notice;
 use crate::sys::fs;
 
 mod drive;
+mod files;
 mod work;
 
 /// The figure of [`Handle::space`] is asked for anew when it is older.

@@ -1,30 +1,27 @@
 //! The loop: events to the machine, its effects to the world. See client.rs for the picture.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::net::ToSocketAddrs;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
 
+use super::files::{answer_of, bytes_of, remote, remote_page};
 use super::work::{Job, Worker};
 use super::{In, Notify, Options, Peer, Shared, Waiter, Want};
 use crate::kml::record::{Fid, Seq, Stamp};
-use crate::lento::client::{Bytes, Client, Effect, Settings, Ticket, Unmet, Want as Need, Who};
+use crate::lento::client::{Client, Effect, Settings, Ticket, Unmet, Want as Need, Who};
 use crate::lento::message::*;
-use crate::lento::policy;
 use crate::lento::ship::Bell;
 use crate::net::conn::{Conn, Lane};
-use crate::net::poll::{Event, Loop, Stream, Token};
+use crate::net::poll::{Event, Loop, Stream};
 use crate::replica::cache::Cache;
-use crate::replica::hydrate::{self, Notice, Remote};
-use crate::replica::merge::{self, Listing, RemotePage};
+use crate::replica::hydrate::{self, Notice};
+use crate::replica::merge::{self, Listing};
 use crate::replica::tree::TreeError;
-use crate::sys::Errno;
-use crate::sys::fs::{self, Kind, o};
+
+mod link;
 
 /// How soon after a look at the journal the next one comes.
 const BELL_PAUSE: Duration = Duration::from_millis(50);
@@ -326,162 +323,6 @@ impl Driver {
         }
     }
 
-    // The connection.
-
-    fn begin_to_connect(&mut self, now: Instant) {
-        self.generation += 1;
-        let generation = self.generation;
-        match &mut self.peer {
-            Peer::Embedded(give) => match give().and_then(Stream::from_unix) {
-                Ok(stream) => self.up(stream, now),
-                Err(e) => self.lost(&e.to_string(), now),
-            },
-            // A look-up that is still under way: its answer comes too late, and so does this one.
-            Peer::Tcp(..) if self.resolving => {}
-            Peer::Tcp(host, port) => {
-                let (shared, at) = (self.shared.clone(), (host.clone(), *port));
-                let resolve = move || {
-                    let found = (&at.0[..], at.1).to_socket_addrs().map(Iterator::collect);
-                    shared.tell(In::Resolved { generation, found });
-                };
-                let name = "imz-resolver".to_owned();
-                match std::thread::Builder::new().name(name).spawn(resolve) {
-                    Ok(_) => self.resolving = true,
-                    Err(e) => self.lost(&e.to_string(), now),
-                }
-            }
-        }
-    }
-
-    /// Tries the addresses one after another.
-    fn connect(&mut self, mut addrs: Vec<std::net::SocketAddr>, now: Instant) {
-        let mut why = "the name has no address".to_owned();
-        while !addrs.is_empty() {
-            let addr = addrs.remove(0);
-            let begun = Stream::connect(addr).and_then(|mut stream| {
-                self.event_loop.add_stream(&mut stream, Token(self.generation as usize))?;
-                Ok(stream)
-            });
-            match begun {
-                Ok(stream) => {
-                    self.link = Link::Connecting(stream, addrs);
-                    return;
-                }
-                Err(e) => why = format!("{addr}: {e}"),
-            }
-        }
-        self.lost(&why, now);
-    }
-
-    fn up(&mut self, mut stream: Stream, now: Instant) {
-        let (compress, token) = (!stream.is_local(), Token(self.generation as usize));
-        if matches!(stream, Stream::Unix(_))
-            && let Err(e) = self.event_loop.add_stream(&mut stream, token)
-        {
-            return self.lost(&e.to_string(), now);
-        }
-        self.rate.out = 0;
-        self.link = Link::Up(Box::new(Conn::new(stream, compress)));
-        self.machine.on_connected(now);
-    }
-
-    fn on_ready(&mut self, now: Instant) {
-        match std::mem::replace(&mut self.link, Link::None) {
-            Link::None => {}
-            Link::Connecting(stream, addrs) => match stream.connected() {
-                Ok(true) => self.up(stream, now),
-                Ok(false) => self.link = Link::Connecting(stream, addrs),
-                Err(e) if addrs.is_empty() => self.lost(&e.to_string(), now),
-                Err(_) => {
-                    drop(stream);
-                    self.connect(addrs, now);
-                }
-            },
-            Link::Up(mut conn) => {
-                let before = conn.bytes_in();
-                let read = conn.read();
-                let came = conn.bytes_in() - before;
-                let generation = self.generation;
-                self.link = Link::Up(conn);
-                if came > 0 {
-                    self.machine.on_heard(came, now);
-                }
-                match read {
-                    Ok(messages) => {
-                        for m in messages {
-                            if generation != self.generation || !matches!(self.link, Link::Up(_)) {
-                                break; // an effect closed the connection
-                            }
-                            self.machine.on_message(m.id, m.answer, m.message, now);
-                            self.turn(now);
-                        }
-                    }
-                    Err(fault) => self.lost(&fault.to_string(), now),
-                }
-            }
-        }
-    }
-
-    fn send(&mut self, lane: Lane, id: u64, answer: bool, message: &Message, now: Instant) {
-        if let Link::Up(conn) = &mut self.link
-            && let Err(e) = conn.send(lane, id, answer, message)
-        {
-            self.lost(&e.to_string(), now);
-        }
-    }
-
-    fn unlink(&mut self) {
-        self.link = Link::None;
-        self.reads.clear();
-        self.listings.clear();
-        // Answers of the old connection must not reach the new one.
-        self.generation += 1;
-    }
-
-    fn lost(&mut self, why: &str, now: Instant) {
-        self.note_error(why);
-        self.unlink();
-        self.machine.on_closed(now);
-    }
-
-    fn note_error(&self, what: &str) {
-        log::warn!("{}: {what}", self.shared.server);
-        self.shared.facts().last_error = Some(what.to_owned());
-    }
-
-    fn on_welcomed(&mut self, node: u32, volume_id: [u8; 16], volume: String) {
-        let facts = self.cache.state.facts();
-        let id = u128::from_be_bytes(volume_id);
-        if (facts.node, facts.volume_id()) == (node, id) && facts.volume == volume {
-            return;
-        }
-        let edited = self.cache.state.edit(|facts| {
-            (facts.node, facts.volume) = (node, volume);
-            facts.volume_id = crate::replica::state::hex(id);
-        });
-        if let Err(e) = edited {
-            self.note_error(&e.to_string());
-        }
-    }
-
-    fn on_refused(&mut self, code: Code, what: String) {
-        self.note_error(&format!("refused: {what}"));
-        self.shared.facts().contact.get_or_insert(Err((code, what)));
-        self.shared.changed.notify_all();
-    }
-
-    fn set_online(&mut self, online: bool) {
-        self.cache.set_online(online);
-        let mut facts = self.shared.facts();
-        (facts.connected, facts.since) = (online, SystemTime::now());
-        if online {
-            facts.contact = Some(Ok(()));
-            facts.last_error = None;
-            log::info!("{}: connected", self.shared.server);
-        }
-        self.shared.changed.notify_all();
-    }
-
     // What comes in for the cache.
 
     fn take_in(&mut self, effect: Effect) {
@@ -678,78 +519,4 @@ impl Driver {
         self.shared.facts().connected = false;
         // Waiters that are left are told by being dropped, here and in the inbox.
     }
-}
-
-fn remote(object: Object) -> Remote {
-    let xattrs = object.xattrs.into_iter().map(|x| (x.name, x.value)).collect();
-    let Object { fid, stamp, attr, target, .. } = object;
-    Remote { fid, stamp, attr, target, xattrs }
-}
-
-fn remote_page(page: Page) -> RemotePage {
-    let entries = page.entries.into_iter().map(|e| (e.name, remote(e.object))).collect();
-    RemotePage { dir: remote(page.dir), entries }
-}
-
-/// What is missing of `at..at + len`, and behind it; `None` when all is here.
-fn bytes_of(cache: &Cache, fid: Fid, at: u64, len: u64) -> Result<Option<Bytes>, TreeError> {
-    let file = cache.open_object(fid, o::RDONLY | o::NONBLOCK)?;
-    let Some(meta) = cache.tree.meta_of(&file)? else { return Ok(None) };
-    let granule_len = meta.granule_len();
-    let starts = |from: u64, to: u64| {
-        let (mut starts, mut next) = (Vec::new(), from);
-        while next < to {
-            let Some((start, len)) = meta.missing(next, to - next) else { break };
-            let first = (start.max(next) / granule_len) * granule_len;
-            starts.extend((first..start + len).step_by(granule_len as usize));
-            next = start + len;
-        }
-        starts
-    };
-    let need = starts(at, at.saturating_add(len).min(meta.base_size));
-    let Some(last) = need.last() else { return Ok(None) };
-    let from = last + granule_len;
-    let window = granule_len * u64::from(policy::READ_AHEAD_MAX);
-    let ahead = starts(from, (from + window).min(meta.base_size));
-    let (stamp, base_size) = (meta.stamp, meta.base_size);
-    Ok(Some(Bytes { fid, stamp, granule_len, base_size, need, ahead }))
-}
-
-/// The answer to a read of the server's.
-fn answer_of(cache: &Cache, read: &Read) -> Message {
-    let failed = |code, what: String| Failed { code, what }.into();
-    let answer = || -> Result<Message, TreeError> {
-        let file = cache.open_object(read.fid, o::RDONLY | o::NONBLOCK)?;
-        let stat = fs::fstat(&file)?;
-        if stat.kind() != Kind::File {
-            return Err(TreeError::Gone(read.fid));
-        }
-        let mut bytes = vec![0; read.len.min(RANGE_LEN_MAX) as usize];
-        let len = read_full(&file, &mut bytes, read.at)?;
-        bytes.truncate(len);
-        let mut hasher = DefaultHasher::new();
-        (stat.size, stat.mtime, stat.ctime).hash(&mut hasher);
-        Ok(Data { at: read.at, bytes, size: stat.size, token: hasher.finish() }.into())
-    };
-    match answer() {
-        Ok(message) => message,
-        Err(TreeError::Gone(_) | TreeError::Os(Errno::NOENT | Errno::LOOP)) => {
-            failed(Code::Gone, "the file is gone".to_owned())
-        }
-        Err(e) => failed(Code::Io, e.to_string()),
-    }
-}
-
-/// Reads until the end of the file or of `into`.
-pub(super) fn read_full(file: impl AsFd, into: &mut [u8], at: u64) -> Result<usize, Errno> {
-    let mut got = 0;
-    while got < into.len() {
-        match fs::pread(&file, &mut into[got..], at + got as u64) {
-            Ok(0) => break,
-            Ok(count) => got += count,
-            Err(Errno::INTR) => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(got)
 }

@@ -201,7 +201,7 @@ fn content(cache: &Cache, record: &Record) -> Option<Vec<u8>> {
     for range in ranges {
         // What a later truncation took reads as zeros: its record follows.
         let into = &mut bytes[at..at + range.len as usize];
-        if super::drive::read_full(&file, into, range.at).is_err() {
+        if super::files::read_full(&file, into, range.at).is_err() {
             // The server asks for them, and will be told what is wrong.
             return None;
         }
