@@ -136,7 +136,7 @@ pub struct ServeArgs {
 ///
 /// With a link named mount.imz in /sbin that leads to imz, mount(8) and fstab(5) know the file
 /// system type imz.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(after_long_help = "\
 Mount options:
   ro, rw             read-only or not (default rw)

@@ -4,6 +4,7 @@
 //! The exit codes are decided in one function, [`exit_code`]. A mode returns an error whose chain
 //! tells the story from the outside in, and names a code with [`Failure`] where there is one.
 
+pub mod explain;
 pub mod kml;
 pub mod mount;
 pub mod place;
@@ -35,6 +36,21 @@ pub enum Exit {
     Damaged = 6,
     /// no room, or a file system that cannot carry imz
     NoRoom = 7,
+}
+
+impl Exit {
+    /// What another process of ours meant by its code.
+    pub fn from_code(code: u8) -> Exit {
+        match code {
+            2 => Exit::Usage,
+            3 => Exit::Unreachable,
+            4 => Exit::Refused,
+            5 => Exit::NotFound,
+            6 => Exit::Damaged,
+            7 => Exit::NoRoom,
+            _ => Exit::Failure,
+        }
+    }
 }
 
 /// What failed, what to do about it, and the exit code that says so. An error by itself, or the

@@ -1,10 +1,283 @@
-//! `imz mount`.
+//! `imz mount`: wires cache, filter, client and, for a directory, a server of its own together.
+//!
+//! Order of a start: look at the arguments; go into the background; open the cache and settle what
+//! a death left; meet the server; mount; answer on the control socket; say that all is ready. It
+//! ends when the file system is unmounted, by whomever: a signal unmounts it. What is pending then
+//! stays in the cache, and the next mount of it goes on shipping.
 
-use super::{Exit, fail};
+mod cache;
+mod wire;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::{Exit, Failure, exit_code, fail};
 use crate::cli::MountArgs;
+use crate::cli::options::{MountOptions, Passthrough, Source};
+use crate::net::client::{self, Handle, Peer};
+use crate::net::control;
+use crate::net::server::{self, Server};
+use crate::presto::filter::Filter;
+use crate::presto::fuse;
+use crate::sys::daemon::{self, Forked, Signals, Teller};
+use crate::sys::{self, cred};
 
-/// # Errors
-/// Always, until the rooms that it wires together are there.
-pub fn run(_args: &MountArgs) -> anyhow::Result<()> {
-    fail(Exit::Failure, "this build has no mount yet")
+/// Threads that answer the kernel.
+const THREADS: usize = 2;
+/// How long an end waits for the kernel to let go.
+const END_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long an end goes on shipping while the server is there; the rest waits for the next mount.
+const SHIP_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// What ends a mount.
+enum Event {
+    Signal,
+    /// `imz umount` asks, having unmounted by itself
+    Asked,
+    /// the kernel has unmounted the file system
+    Unmounted,
+}
+
+/// Mounts a volume and returns when it is usable; with `-f`, when it is unmounted.
+pub fn run(args: &MountArgs) -> anyhow::Result<()> {
+    let mountpoint = look_at_mountpoint(&args.mountpoint)?;
+    let mut args = args.clone();
+    args.mountpoint = mountpoint;
+    if let Source::Local(dir) = &mut args.source {
+        *dir = look_at_source(dir, &args.mountpoint)?;
+    }
+    let settings = args.settings();
+    let place = match &settings.cache {
+        Some(dir) => std::path::absolute(dir).with_context(|| dir.display().to_string())?,
+        None => cache::default_dir(&args.source)?,
+    };
+    if place.starts_with(&args.mountpoint) {
+        return fail(
+            Exit::Refused,
+            format!("{}: the cache cannot lie in the mount", place.display()),
+        );
+    }
+    if args.foreground {
+        return hold(&args, &settings, &place, None);
+    }
+    match daemon::fork().context("cannot go into the background (use -f)")? {
+        Forked::Parent(child) => match child.wait() {
+            Ok(()) => Ok(()),
+            Err((exit, what)) => Err(Failure::new(Exit::from_code(exit), what).into()),
+        },
+        Forked::Child(parent) => {
+            if let Err(e) = hold(&args, &settings, &place, Some(parent)) {
+                log::error!("{e:#}");
+                std::process::exit(exit_code(&e).into());
+            }
+            std::process::exit(0)
+        }
+    }
+}
+
+/// The mount point, absolute: an existing directory on which nothing of ours is mounted.
+fn look_at_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
+    let name = || path.display().to_string();
+    let absolute: PathBuf = std::path::absolute(path).with_context(name)?.components().collect();
+    // The table of mounts is asked first: a mount whose process died must not be touched.
+    if sys::mount::ours()?.contains(&absolute) {
+        return fail(
+            Exit::Refused,
+            format!("{}: something is mounted here by imz already (imz umount it)", name()),
+        );
+    }
+    match std::fs::canonicalize(&absolute) {
+        Ok(real) if real.is_dir() => {
+            if sys::mount::ours()?.contains(&real) {
+                let what = "something is mounted here by imz already (imz umount it)";
+                return fail(Exit::Refused, format!("{}: {what}", name()));
+            }
+            Ok(real)
+        }
+        Ok(_) => fail(Exit::NotFound, format!("{}: the mount point is not a directory", name())),
+        Err(e) => fail(Exit::NotFound, format!("{}: the mount point: {e} (mkdir it)", name())),
+    }
+}
+
+/// A directory to be served by this process.
+fn look_at_source(dir: &Path, mountpoint: &Path) -> anyhow::Result<PathBuf> {
+    let name = dir.display();
+    let real = match std::fs::canonicalize(dir) {
+        Ok(real) if real.is_dir() => real,
+        Ok(_) => return fail(Exit::NotFound, format!("{name}: is not a directory")),
+        Err(e) => return fail(Exit::NotFound, format!("{name}: {e}")),
+    };
+    if mountpoint.starts_with(&real) {
+        return fail(
+            Exit::Refused,
+            format!("the mount point lies in {name}, which would be served"),
+        );
+    }
+    Ok(real)
+}
+
+/// The life of a mount.
+fn hold(
+    args: &MountArgs,
+    settings: &MountOptions,
+    place: &Path,
+    parent: Option<Teller>,
+) -> anyhow::Result<()> {
+    let background = parent.is_some();
+    let start = || -> anyhow::Result<Running> {
+        daemon::raise_file_limit();
+        let signals = Signals::take().context("signals")?;
+        Running::start(args, settings, place, signals)
+    };
+    match (start(), parent) {
+        (Ok(running), parent) => {
+            if background {
+                let log = place.join(".imz").join("log");
+                daemon::leave_terminal(&log).with_context(|| log.display().to_string())?;
+            } else {
+                eprintln!("imz: {} is mounted on {}", args.source, args.mountpoint.display());
+            }
+            parent.into_iter().for_each(Teller::ready);
+            running.until_the_end()
+        }
+        (Err(e), Some(parent)) => {
+            parent.failed(exit_code(&e), &format!("{e:#}"));
+            std::process::exit(exit_code(&e).into())
+        }
+        (Err(e), None) => Err(e),
+    }
+}
+
+/// A mount that is up.
+struct Running {
+    mountpoint: PathBuf,
+    filter: Arc<Filter>,
+    handle: Handle,
+    server: Option<server::Embedded>,
+    control: control::Control,
+    events: Receiver<Event>,
+}
+
+impl Running {
+    fn start(
+        args: &MountArgs,
+        settings: &MountOptions,
+        place: &Path,
+        signals: Signals,
+    ) -> anyhow::Result<Running> {
+        let mountpoint = args.mountpoint.clone();
+        let (peer, volume, server) = match &args.source {
+            Source::Server { host, port, volume } => {
+                (Peer::Tcp(host.clone(), *port), volume.clone(), None)
+            }
+            Source::Local(dir) => {
+                let (name, state) = (String::from("local"), None);
+                let export = server::Export { name: name.clone(), dir: dir.clone(), state };
+                let embedded = Server::embedded(&export).map_err(super::explain::explain)?;
+                let way = embedded.handle();
+                (Peer::Embedded(Box::new(move || way.connect())), name, Some(embedded))
+            }
+        };
+        let opened = cache::open(place, &args.source, &volume)?;
+        let (notify, kernel) = wire::notifier()?;
+        let options = client::Options { age: settings.age, host: sys::daemon::host_name() };
+        let handle = client::start(opened.cache.clone(), peer, options, notify)?;
+        wire::meet(&handle, &opened.cache, &args.source, settings.timeout)?;
+        let filter = Arc::new(Filter {
+            cache: opened.cache,
+            lento: Arc::new(wire::Way(handle.clone())),
+            files: Default::default(),
+            writers: opened.writers,
+            passthrough: (settings.passthrough == Passthrough::Auto).into(),
+            keep_absent: false.into(),
+        });
+        cache::store_what_was_open(&filter)?;
+        let mounted = fuse::mount(filter.clone(), &mountpoint, &fuse_options(args, settings))
+            .with_context(|| format!("mounting on {}", mountpoint.display()))?;
+        kernel.connect(mounted.kernel()?, &filter.cache);
+        let (tell, events) = channel();
+        let control = {
+            let answer = wire::Told::new(&filter, &handle, args, place, {
+                let tell = tell.clone();
+                move || drop(tell.send(Event::Asked))
+            });
+            control::serve(&control::socket_path(&mountpoint), Arc::new(answer)).inspect_err(
+                |_| {
+                    let _ = sys::dev_fuse::detach(&mountpoint);
+                },
+            )?
+        };
+        watch(mounted, signals, &tell)?;
+        Ok(Running { mountpoint, filter, handle, server, control, events })
+    }
+
+    /// Waits until the file system is unmounted, then leaves everything in order.
+    fn until_the_end(self) -> anyhow::Result<()> {
+        let mut unmounted = false;
+        if !matches!(self.events.recv(), Ok(Event::Unmounted)) {
+            let gone = !sys::mount::ours()?.contains(&self.mountpoint);
+            if !gone && let Err(e) = sys::mount::umount(&self.mountpoint, false) {
+                log::info!("{}: {e}; it is detached", self.mountpoint.display());
+                sys::mount::umount(&self.mountpoint, true)?;
+            }
+        } else {
+            unmounted = true;
+        }
+        if !unmounted {
+            // Who still has files open in a detached mount keeps it for a while at most.
+            let _ = self.events.recv_timeout(END_TIME_MAX);
+        }
+        let patience = if self.handle.status().connected { SHIP_TIME_MAX } else { Duration::ZERO };
+        self.handle.shutdown(patience);
+        if let Some(server) = self.server {
+            server.stop().map_err(super::explain::explain)?;
+        }
+        cache::close(&self.filter.cache)?;
+        drop(self.control);
+        Ok(())
+    }
+}
+
+/// Starts the threads that answer the kernel and wait for signals.
+fn watch(mounted: fuse::Mounted, mut signals: Signals, tell: &Sender<Event>) -> anyhow::Result<()> {
+    let ended = tell.clone();
+    std::thread::Builder::new().name("fuse".into()).spawn(move || {
+        if let Err(e) = mounted.run() {
+            log::error!("the kernel's requests cannot be read any more: {e}");
+        }
+        let _ = ended.send(Event::Unmounted);
+    })?;
+    let signalled = tell.clone();
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        while signals.wait().is_ok() {
+            let _ = signalled.send(Event::Signal);
+        }
+    })?;
+    Ok(())
+}
+
+fn fuse_options(args: &MountArgs, settings: &MountOptions) -> fuse::Options {
+    let mut flags = Vec::new();
+    for (allowed, flag) in [
+        (settings.suid, "nosuid"),
+        (settings.dev, "nodev"),
+        (settings.exec, "noexec"),
+        (settings.atime, "noatime"),
+    ] {
+        if !allowed {
+            flags.push(flag.to_owned());
+        }
+    }
+    fuse::Options {
+        source: args.source.to_string(),
+        read_only: settings.read_only,
+        allow_other: settings.allow_other || cred::is_root(),
+        sync: settings.sync,
+        flags,
+        threads: THREADS,
+    }
 }

@@ -15,7 +15,6 @@ use crate::kml::codec::Outcome;
 use crate::kml::log::LogError;
 use crate::kml::record::{Fid, Name, Op, Origin, Place, ROOT, Record, Seq, Time};
 use crate::kml::writers::Writers;
-use crate::lento::client::{Bytes, Want};
 use crate::lento::message::Space;
 use crate::replica::cache::Cache;
 use crate::replica::meta::Meta;
@@ -26,8 +25,16 @@ use crate::sys::Errno;
 use crate::sys::cred::Caller;
 use crate::sys::fs::{self, Kind, Stat};
 
-/// Granules that are asked for ahead of a reader at most.
-const AHEAD_MAX: usize = 4;
+/// What must come from the server before an operation can go on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Want {
+    /// a directory's entries and its own attributes
+    Dir(Fid),
+    /// an object's attributes
+    Object(Fid),
+    /// `at..at + len` of a file
+    Bytes { fid: Fid, at: u64, len: u64 },
+}
 
 /// Why an operation did not end.
 #[derive(Debug)]
@@ -85,7 +92,7 @@ pub trait Lento: Send + Sync {
     /// Calls `done` when the server has everything up to `seq`, or cannot be reached.
     fn when_acked(&self, seq: Seq, done: Box<dyn FnOnce(std::result::Result<(), Errno>) + Send>);
     /// The volume's room as last heard; does not wait.
-    fn space(&self) -> Option<Space>;
+    fn space(&self) -> Space;
 }
 
 /// The filter of one mount.
@@ -97,6 +104,8 @@ pub struct Filter {
     pub writers: Writers,
     /// data may move without the daemon
     pub passthrough: AtomicBool,
+    /// the kernel may keep the absence of a name: it can be told to look again
+    pub keep_absent: AtomicBool,
 }
 
 /// By what an object was found.
@@ -258,19 +267,6 @@ impl Filter {
         Ok(Meta { epoch: self.cache.epoch(), ..Meta::whole(fid) })
     }
 
-    /// The volume's room: the server's word, or the cache's own file system before there is one.
-    pub fn space(&self) -> Result<fs::Space> {
-        let Some(s) = self.lento.space() else { return Ok(fs::space(&**self.cache.tree.root())?) };
-        Ok(fs::Space {
-            block_len: s.block_len,
-            blocks: s.blocks,
-            blocks_free: s.blocks_free,
-            blocks_available: s.blocks_available,
-            files: s.files,
-            files_free: s.files_free,
-        })
-    }
-
     /// The object for the kernel.
     pub fn found(&self, stat: Stat, meta: &Meta) -> Found {
         let keep = stat.nlink > 0;
@@ -294,19 +290,9 @@ fn stale(kind: Kind, fid: Fid) -> Stop {
 
 /// What must be fetched before `at..at + len` of the file can be read; `None` when it is here.
 pub fn missing(meta: &Meta, at: u64, len: u64) -> Option<Stop> {
-    let (first, missing_len) = meta.missing(at, len)?;
-    let granule_len = meta.granule_len();
-    let need = (first..first + missing_len).step_by(granule_len as usize).collect();
-    let mut ahead = Vec::new();
-    let mut next = first + missing_len;
-    while ahead.len() < AHEAD_MAX && next < meta.base_size {
-        if meta.missing(next, 1).is_some() {
-            ahead.push(next);
-        }
-        next += granule_len;
-    }
-    let (fid, stamp, base_size) = (meta.fid, meta.stamp, meta.base_size);
-    Some(Stop::Miss(Want::Bytes(Bytes { fid, stamp, granule_len, base_size, need, ahead })))
+    meta.missing(at, len)?;
+    let len = len.min(meta.base_size.saturating_sub(at));
+    Some(Stop::Miss(Want::Bytes { fid: meta.fid, at, len }))
 }
 
 /// The clock of records: nanoseconds since the Unix epoch.

@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -28,7 +29,7 @@ use fuser::{
 use super::attrs::{When, Wish};
 use super::filter::{Filter, Found, Result, Stop};
 use super::open::Open;
-use crate::kml::record::{Fid, Time};
+use crate::kml::record::{Fid, NAME_LEN_MAX, Time};
 use crate::sys::cred::Caller;
 use crate::sys::fs::{Kind, RenameMode, o};
 use crate::sys::{self, Errno};
@@ -63,39 +64,43 @@ pub struct Options {
 /// A mounted session, before and while it runs.
 pub struct Mounted {
     session: Session<Fuse>,
+    filter: Arc<Filter>,
 }
 
 /// Tells the kernel that what it was given is not so any more. Each call may wait for locks that
 /// a request holds: never on a thread that requests wait for.
-#[derive(Clone)]
-pub struct Kernel(fuser::Notifier);
+pub struct Kernel {
+    notifier: fuser::Notifier,
+    dev: OwnedFd,
+    /// the kernel can be told to look up every name again (Linux 6.16 and newer)
+    pub has_epochs: bool,
+}
 
 impl Kernel {
     /// Attributes, data and listing of an object.
     pub fn forget_object(&self, fid: Fid) {
-        report(self.0.inval_inode(INodeNo(fid.0), 0, 0));
+        report(self.notifier.inval_inode(INodeNo(fid.0), 0, 0));
     }
 
     /// An entry of a directory, or the absence of one.
     pub fn forget_entry(&self, dir: Fid, name: &[u8]) {
-        report(self.0.inval_entry(INodeNo(dir.0), OsStr::from_bytes(name)));
+        report(self.notifier.inval_entry(INodeNo(dir.0), OsStr::from_bytes(name)));
+    }
+
+    /// All entries of all directories, and all absences: each is looked up again when it is used.
+    pub fn forget_entries(&self) {
+        report(sys::dev_fuse::next_epoch(&self.dev));
     }
 }
 
 /// The kernel may have dropped it by itself, or be gone.
 fn report(done: io::Result<()>) {
-    match done {
-        Err(e)
-            if e.kind() != io::ErrorKind::NotFound && e.raw_os_error() != Some(libc_enodev()) =>
-        {
-            log::debug!("the kernel was not told: {e}");
-        }
-        _ => {}
+    if let Err(e) = done
+        && e.kind() != io::ErrorKind::NotFound
+        && e.raw_os_error() != Some(Errno::NODEV.raw_os_error())
+    {
+        log::debug!("the kernel was not told: {e}");
     }
-}
-
-fn libc_enodev() -> i32 {
-    Errno::NODEV.raw_os_error()
 }
 
 /// Mounts the filter at `mountpoint`. Requests wait until [`Mounted::run`].
@@ -104,7 +109,7 @@ fn libc_enodev() -> i32 {
 /// Whatever mount(2) or fusermount3 says.
 pub fn mount(filter: Arc<Filter>, mountpoint: &Path, options: &Options) -> io::Result<Mounted> {
     let fuse = Fuse(Arc::new(Adapter {
-        filter,
+        filter: filter.clone(),
         sync: options.sync,
         handles: Mutex::default(),
         backings: Mutex::default(),
@@ -130,12 +135,19 @@ pub fn mount(filter: Arc<Filter>, mountpoint: &Path, options: &Options) -> io::R
         config.mount_options.extend(options.flags.iter().cloned().map(MountOption::CUSTOM));
         Session::new(fuse, mountpoint, &config)?
     };
-    Ok(Mounted { session })
+    Ok(Mounted { session, filter })
 }
 
 impl Mounted {
-    pub fn kernel(&self) -> Kernel {
-        Kernel(self.session.notifier())
+    /// The way back to the kernel.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn kernel(&self) -> io::Result<Kernel> {
+        let dev = self.session.as_fd().try_clone_to_owned()?;
+        let has_epochs = sys::dev_fuse::next_epoch(&dev).is_ok();
+        self.filter.keep_absent.store(has_epochs, Ordering::Relaxed);
+        Ok(Kernel { notifier: self.session.notifier(), dev, has_epochs })
     }
 
     /// Answers requests until the file system is unmounted.
@@ -422,8 +434,8 @@ impl Filesystem for Fuse {
         let name = name.as_bytes().to_vec();
         self.run(
             move |a| a.filter.lookup(Fid(parent.0), &name),
-            |_, result| match result {
-                Err(Errno::NOENT) => {
+            |a, result| match result {
+                Err(Errno::NOENT) if a.filter.keep_absent.load(Ordering::Relaxed) => {
                     // Inode 0: the kernel may keep the absence, too.
                     let none = Found { fid: Fid(0), stat: Default::default(), keep: true };
                     reply.entry(&KEEP, &attr(&none), GENERATION);
@@ -791,21 +803,18 @@ impl Filesystem for Fuse {
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        self.run(
-            |a| a.filter.space(),
-            |_, result| match result {
-                Ok(s) => reply.statfs(
-                    s.blocks,
-                    s.blocks_free,
-                    s.blocks_available,
-                    s.files,
-                    s.files_free,
-                    s.block_len,
-                    255,
-                    s.block_len,
-                ),
-                Err(e) => reply.error(errno(e)),
-            },
+        let s = self.0.filter.lento.space();
+        let (blocks, free) = (s.blocks, s.blocks_free);
+        let (files, files_free, block_len) = (s.files, s.files_free, s.block_len);
+        reply.statfs(
+            blocks,
+            free,
+            s.blocks_available,
+            files,
+            files_free,
+            block_len,
+            NAME_LEN_MAX as u32,
+            block_len,
         );
     }
 

@@ -86,6 +86,11 @@ pub fn raise_file_limit() {
     }
 }
 
+/// This machine's name, for people.
+pub fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
 /// The signals that end a daemon, as something to wait for.
 pub struct Signals(File);
 

@@ -50,6 +50,18 @@ pub fn mount(
     Ok(rustix::mount::mount(source, at, "fuse.imz", bits, data)?)
 }
 
+/// Tells the kernel to look up every name of the file system again when it is next used. An error
+/// where the kernel does not know this (before Linux 6.16).
+pub fn next_epoch(dev: impl AsFd) -> io::Result<()> {
+    const FUSE_NOTIFY_INC_EPOCH: u32 = 8;
+    // struct fuse_out_header: length, code, and a unique id of 0 for a notification
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&16u32.to_ne_bytes());
+    header[4..8].copy_from_slice(&FUSE_NOTIFY_INC_EPOCH.to_ne_bytes());
+    rustix::io::write(dev, &header)?;
+    Ok(())
+}
+
 /// Takes the mount away at once; who is in it keeps what is open.
 pub fn detach(at: &Path) -> io::Result<()> {
     Ok(rustix::mount::unmount(at, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)

@@ -1,0 +1,130 @@
+//! Opening and closing the cache of a mount.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+
+use crate::cli::options::Source;
+use crate::kml::codec::Outcome;
+use crate::kml::log::{Log, Options};
+use crate::kml::writers::Writers;
+use crate::modes::{Exit, Failure, fail};
+use crate::presto::filter::Filter;
+use crate::replica::cache::Cache;
+use crate::replica::recover;
+use crate::replica::state::{Facts, State, StateError};
+use crate::replica::tree::Tree;
+use crate::sys::cred;
+
+/// imz's part of a cache directory; the files are in `tree` beside it.
+const OWN: &str = ".imz";
+
+/// An open cache.
+pub struct Opened {
+    pub cache: Arc<Cache>,
+    pub writers: Writers,
+}
+
+/// Where the cache of a source is, unless the user says otherwise. Not in a directory whose name
+/// says that it may be deleted.
+pub fn default_dir(source: &Source) -> anyhow::Result<PathBuf> {
+    let home = std::env::home_dir().filter(|home| !home.as_os_str().is_empty());
+    let base = match std::env::var_os("XDG_STATE_HOME").map(PathBuf::from) {
+        _ if cred::is_root() => PathBuf::from("/var/lib"),
+        Some(dir) if dir.is_absolute() => dir,
+        _ => match home {
+            Some(home) => home.join(".local/state"),
+            None => return fail(Exit::Usage, "HOME is not set: say --cache DIR"),
+        },
+    };
+    Ok(base.join("imz").join(dir_name(&source.to_string())))
+}
+
+/// A source as the name of a directory: readable, and different for different sources.
+fn dir_name(source: &str) -> String {
+    let keep = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    let readable: String = source.chars().map(keep).collect();
+    let start = readable.len().saturating_sub(80);
+    format!("{}-{:08x}", readable[start..].trim_matches('_'), crc32fast::hash(source.as_bytes()))
+}
+
+/// Opens the cache at `dir`, or makes it, and settles what the death of a process left.
+pub fn open(dir: &Path, source: &Source, volume: &str) -> anyhow::Result<Opened> {
+    let name = || dir.display().to_string();
+    if dir.is_dir() && !dir.join(OWN).exists() && dir.read_dir()?.next().is_some() {
+        let what = "is neither empty nor an imz cache; say --cache with another directory";
+        return fail(Exit::Refused, format!("{}: {what}", name()));
+    }
+    std::fs::create_dir_all(dir.join("tree")).with_context(name)?;
+    let own = dir.join(OWN);
+    let state = State::open(&own, || Facts::new(volume, &source.to_string(), 0, 0));
+    let state = state.map_err(|e| match e {
+        StateError::InUse { .. } => {
+            let what = format!("{}: the cache is in use by another mount", name());
+            anyhow::Error::from(Failure::new(Exit::Refused, what))
+        }
+        e => e.into(),
+    })?;
+    let facts = state.facts();
+    let kml = own.join("kml");
+    std::fs::create_dir_all(&kml).with_context(|| kml.display().to_string())?;
+    let log = Log::open_or_create(&kml, 0, facts.incarnation(), Options::default())?;
+    let writers = Writers::open(&kml)?;
+    let tree = Tree::open(&dir.join("tree"), &own.join("index"), facts.clean)
+        .map_err(|e| anyhow::Error::from(Failure::new(Exit::NoRoom, e.to_string())))?;
+    state.edit(|facts| facts.clean = false)?;
+    if !facts.clean {
+        settle(&tree, &log, facts.epoch).with_context(|| format!("{}: recovery", name()))?;
+    }
+    let cache = Cache::new(tree, log, state, &own.join("limbo"))?;
+    Ok(Opened { cache: Arc::new(cache), writers })
+}
+
+/// Finds the outcome of what was under way, and tells the index what it may have forgotten.
+fn settle(tree: &Tree, log: &Log, epoch: u32) -> anyhow::Result<()> {
+    for entry in log.entries(log.first()) {
+        let entry = entry?;
+        if entry.outcome == Outcome::Done {
+            recover::note(&tree.index, &entry.record.op)?;
+        }
+    }
+    for entry in log.unsettled()? {
+        let outcome = recover::settle(tree, &entry.record, epoch)?;
+        log.settle_seq(entry.seq, outcome)?;
+        log::info!("record {} was under way: {outcome:?}", entry.seq.0);
+    }
+    Ok(())
+}
+
+/// Journals what was open for writing when the last process died, and forgets that it was.
+pub fn store_what_was_open(filter: &Filter) -> anyhow::Result<()> {
+    match filter.store_what_was_open() {
+        Ok(0) => {}
+        Ok(count) => log::info!("{count} files were open for writing: they are shipped anew"),
+        Err(e) => anyhow::bail!("files that were open for writing cannot be journaled: {e:?}"),
+    }
+    filter.writers.clear();
+    Ok(())
+}
+
+/// Leaves the cache in order: the next start believes its index.
+pub fn close(cache: &Cache) -> anyhow::Result<()> {
+    cache.tree.index.flush(true)?;
+    cache.log.sync(cache.log.last())?;
+    cache.state.edit(|facts| facts.clean = true)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_caches_are_readable_and_different() {
+        let name = dir_name("host:7070:/vol");
+        assert!(name.starts_with("host_7070__vol-"), "{name}");
+        assert_ne!(dir_name("host:7070:/a_b"), dir_name("host:7070:/a b"));
+        assert!(dir_name(&"x".repeat(1000)).len() < 100);
+    }
+}

@@ -1,0 +1,216 @@
+//! What joins the rooms in a mount: filter to loop, loop to kernel, control socket to both.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use crate::cli::MountArgs;
+use crate::cli::options::Source;
+use crate::kml::record::Seq;
+use crate::lento::client::Unmet;
+use crate::lento::message::Space;
+use crate::modes::{Exit, Failure};
+use crate::net::client::{self, FirstContact, Handle, Notify};
+use crate::net::control::{Answer, Status};
+use crate::presto::filter::{Filter, Lento, Want};
+use crate::presto::fuse::Kernel;
+use crate::replica::cache::Cache;
+use crate::replica::hydrate::Notice;
+use crate::sys::Errno;
+use crate::sys::fs;
+
+/// The filter's way to the loop.
+pub struct Way(pub Handle);
+
+impl Lento for Way {
+    fn want(&self, want: Want, done: Box<dyn FnOnce(Result<(), Errno>) + Send>) {
+        let want = match want {
+            Want::Dir(fid) => client::Want::Dir(fid),
+            Want::Object(fid) => client::Want::Object(fid),
+            Want::Bytes { fid, at, len } => client::Want::Bytes { fid, at, len },
+        };
+        self.0.want(want, Box::new(|met| done(met.map_err(errno))));
+    }
+
+    fn when_acked(&self, seq: Seq, done: Box<dyn FnOnce(Result<(), Errno>) + Send>) {
+        self.0.wait_acked(seq, Box::new(|met| done(met.map_err(errno))));
+    }
+
+    fn space(&self) -> Space {
+        self.0.space()
+    }
+}
+
+/// What an application gets when its want is not met.
+fn errno(why: Unmet) -> Errno {
+    match why {
+        Unmet::Unreachable => Errno::HOSTUNREACH,
+        Unmet::Gone => Errno::STALE,
+        Unmet::Failed(_) => Errno::IO,
+        Unmet::Local(errno) => Errno::from_raw_os_error(errno),
+    }
+}
+
+/// A thread that tells the kernel what is stale, once it knows the kernel.
+pub struct ToKernel(Arc<OnceLock<(Kernel, Arc<Cache>)>>);
+
+impl ToKernel {
+    pub fn connect(&self, kernel: Kernel, cache: &Arc<Cache>) {
+        // Set once: a mount has one kernel.
+        let _ = self.0.set((kernel, cache.clone()));
+    }
+}
+
+type News = (Vec<Notice>, Box<dyn FnOnce() + Send>);
+
+struct Notifier(Sender<News>);
+
+impl Notify for Notifier {
+    fn stale(&mut self, what: Vec<Notice>, done: Box<dyn FnOnce() + Send>) {
+        if let Err(returned) = self.0.send((what, done)) {
+            (returned.0.1)(); // the thread has ended with the mount: nobody reads any more
+        }
+    }
+}
+
+/// The loop's way to the kernel; it leads nowhere until it is connected.
+pub fn notifier() -> std::io::Result<(Box<dyn Notify>, ToKernel)> {
+    let kernel = Arc::new(OnceLock::new());
+    let (send, news) = channel();
+    let known = kernel.clone();
+    std::thread::Builder::new().name("notifier".into()).spawn(move || tell(&news, &known))?;
+    Ok((Box::new(Notifier(send)), ToKernel(kernel)))
+}
+
+fn tell(news: &Receiver<News>, known: &OnceLock<(Kernel, Arc<Cache>)>) {
+    for (what, done) in news {
+        if let Some((kernel, cache)) = known.get() {
+            let all_entries = what
+                .iter()
+                .any(|notice| matches!(notice, Notice::All | Notice::Object { dir: true, .. }));
+            if all_entries && kernel.has_epochs {
+                kernel.forget_entries();
+            }
+            for notice in what {
+                match notice {
+                    Notice::Object { fid, dir } => {
+                        kernel.forget_object(fid);
+                        if dir && !kernel.has_epochs {
+                            forget_each(kernel, cache, fid);
+                        }
+                    }
+                    Notice::Entry { dir, name } => kernel.forget_entry(dir, name.as_bytes()),
+                    Notice::All => {}
+                }
+            }
+        }
+        done();
+    }
+}
+
+/// For kernels that cannot forget all entries at once: those that are here, one by one.
+fn forget_each(kernel: &Kernel, cache: &Cache, dir: crate::kml::record::Fid) {
+    let entries = cache.tree.dir(dir).ok().and_then(|dir| fs::read_dir(&*dir).ok());
+    for entry in entries.into_iter().flatten() {
+        kernel.forget_entry(dir, &entry.name);
+    }
+}
+
+/// The first word with the server. A cache that knows its volume can be mounted without it.
+pub fn meet(
+    handle: &Handle,
+    cache: &Cache,
+    source: &Source,
+    timeout: Duration,
+) -> anyhow::Result<()> {
+    let Err(e) = handle.first_contact(timeout) else { return Ok(()) };
+    let exit = match &e {
+        FirstContact::Unreachable { .. } => Exit::Unreachable,
+        FirstContact::UnknownVolume { .. } => Exit::NotFound,
+        _ => Exit::Refused,
+    };
+    let facts = cache.state.facts();
+    let known = facts.volume_id() != 0;
+    if exit == Exit::Unreachable && known {
+        if facts.source != source.to_string() {
+            let what = format!("{e}, and the cache is that of {}", facts.source);
+            return Err(Failure::new(Exit::Refused, what).into());
+        }
+        log::warn!("{e}; mounted with what is in the cache, offline");
+        return Ok(());
+    }
+    let hint = match exit {
+        Exit::Unreachable => "; nothing is cached yet, so start imz serve there first",
+        Exit::NotFound => "; imz serve says the names of its volumes when it starts",
+        _ => "",
+    };
+    Err(Failure::new(exit, format!("{e}{hint}")).into())
+}
+
+/// The mount, for the control socket.
+pub struct Told<F> {
+    filter: Arc<Filter>,
+    handle: Handle,
+    mountpoint: PathBuf,
+    cache_dir: PathBuf,
+    shutdown: F,
+}
+
+impl<F> Told<F> {
+    pub fn new(
+        filter: &Arc<Filter>,
+        handle: &Handle,
+        args: &MountArgs,
+        cache_dir: &Path,
+        shutdown: F,
+    ) -> Told<F> {
+        Told {
+            filter: filter.clone(),
+            handle: handle.clone(),
+            mountpoint: args.mountpoint.clone(),
+            cache_dir: cache_dir.to_owned(),
+            shutdown,
+        }
+    }
+}
+
+impl<F: Fn() + Send + Sync> Answer for Told<F> {
+    fn status(&self) -> Status {
+        let s = self.handle.status();
+        Status {
+            mount: self.mountpoint.clone(),
+            server: s.server,
+            volume: s.volume,
+            connected: s.connected,
+            since: humantime::format_rfc3339_seconds(s.since).to_string(),
+            pending_records: s.pending_count,
+            pending_bytes: s.pending_len,
+            oldest_pending_seconds: s.oldest.map_or(0, |age| age.as_secs()),
+            rate_bytes_per_second: s.rate,
+            cache: self.cache_dir.clone(),
+            cache_clean_bytes: s.clean_len,
+            cache_dirty_bytes: s.dirty_len,
+            conflicts: s.conflicts,
+            journal_bytes: self.filter.cache.log.bytes(),
+            requests_foreground: s.requests_foreground,
+            passthrough: self.filter.passthrough.load(Ordering::Relaxed),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            last_error: s.last_error,
+        }
+    }
+
+    fn ship_now(&self) -> u64 {
+        self.handle.ship_now().0
+    }
+
+    fn acked(&self) -> u64 {
+        self.handle.acked().0
+    }
+
+    fn shutdown(&self) {
+        (self.shutdown)();
+    }
+}
