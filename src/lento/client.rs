@@ -82,6 +82,21 @@ pub struct Who {
     pub host: String,
 }
 
+/// How patient a client is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Settings {
+    /// how long changes rest before they are shipped
+    pub age: Duration,
+    /// a server that says nothing for so long is away, and no want waits longer for one
+    pub timeout: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings { age: policy::AGE, timeout: policy::TIMEOUT }
+    }
+}
+
 /// What the driver is to do.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Effect {
@@ -241,6 +256,7 @@ pub struct Client {
     /// all breaks up to here have been processed
     current: Stamp,
     saved: Stamp,
+    timeout: Duration,
     saved_at: Instant,
     /// attempts that failed since the connection last stood
     fails: u32,
@@ -261,7 +277,7 @@ impl Client {
         who: Who,
         current: Stamp,
         acked: Seq,
-        age: Duration,
+        settings: Settings,
         seed: u64,
         now: Instant,
     ) -> Client {
@@ -270,13 +286,14 @@ impl Client {
             who,
             line: Line::default(),
             fetcher: Fetcher::default(),
-            shipper: Shipper::new(acked, age, now),
+            shipper: Shipper::new(acked, settings.age, now),
+            timeout: settings.timeout,
             current,
             saved: current,
             saved_at: now,
             fails: 0,
             chance: seed | 1,
-            grace_until: now + policy::TIMEOUT,
+            grace_until: now + settings.timeout,
             heard_at: now,
             moved_at: now,
             moved_len: 0,
@@ -317,9 +334,9 @@ impl Client {
             State::Away { retry_at } => retry_at,
             State::Connecting { until } => until,
             _ => {
-                let quiet = if self.pinged { policy::TIMEOUT } else { policy::PING_AFTER };
+                let quiet = if self.pinged { self.timeout } else { self.ping_after() };
                 let silent = self.heard_at + quiet;
-                self.oldest_wait().map_or(silent, |since| silent.min(since + policy::TIMEOUT))
+                self.oldest_wait().map_or(silent, |since| silent.min(since + self.timeout))
             }
         };
         if self.is_online() {
@@ -334,7 +351,7 @@ impl Client {
     pub fn on_wake(&mut self, now: Instant) {
         match self.state {
             State::Away { retry_at } if now >= retry_at => {
-                self.state = State::Connecting { until: now + policy::TIMEOUT };
+                self.state = State::Connecting { until: now + self.timeout };
                 self.line.effect(Effect::Connect);
             }
             State::Connecting { until } if now >= until => {
@@ -358,13 +375,18 @@ impl Client {
         }
     }
 
+    fn ping_after(&self) -> Duration {
+        policy::PING_AFTER.min(self.timeout / 3)
+    }
+
     fn look_for_silence(&mut self, now: Instant) {
-        let overdue = |since: Instant| now >= since + policy::TIMEOUT;
+        let timeout = self.timeout;
+        let overdue = |since: Instant| now >= since + timeout;
         if overdue(self.heard_at) || self.oldest_wait().is_some_and(overdue) {
             self.close("the server is silent", now);
             // Whoever waited has waited long enough.
             self.grace_until = now;
-        } else if now >= self.heard_at + policy::PING_AFTER && !self.pinged {
+        } else if now >= self.heard_at + self.ping_after() && !self.pinged {
             self.pinged = true;
             self.line.ask(Ask::Ping, Some(now), Ping {}.into());
         }
@@ -407,7 +429,7 @@ impl Client {
 
     fn away(&mut self, now: Instant) {
         if self.is_online() {
-            self.grace_until = now + policy::TIMEOUT;
+            self.grace_until = now + self.timeout;
             self.line.effect(Effect::SetOnline(false));
         }
         self.chance ^= self.chance << 13;

@@ -174,6 +174,10 @@ impl Fetch {
         self.token = Some(token);
         Arrival::Keep
     }
+    /// Whether a piece of it was asked for, and has come if it was parked since.
+    pub fn is_begun(&self) -> bool {
+        self.asked > 0
+    }
     pub fn is_done(&self) -> bool {
         self.asked == self.total && self.open.is_empty()
     }

@@ -99,8 +99,12 @@ pub(super) struct Parked(VecDeque<Fetch>);
 impl Parked {
     /// Keeps it, and names one that is to be forgotten for it.
     pub(super) fn put(&mut self, fetch: Fetch) -> Option<Key> {
+        let fetch = fetch.park();
+        if !fetch.is_begun() {
+            return None;
+        }
         self.0.retain(|kept| kept.key != fetch.key);
-        self.0.push_back(fetch.park());
+        self.0.push_back(fetch);
         if self.0.len() > PARKED_MAX { self.0.pop_front().map(|f| f.key) } else { None }
     }
     /// The one that was kept for the same store, or else `fetch` itself.

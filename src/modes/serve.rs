@@ -14,7 +14,8 @@ use super::{Exit, Failure, fail};
 use crate::cli::ServeArgs;
 use crate::lento::server::Settings;
 use crate::net::control::{self, Answer, Status};
-use crate::net::server::{Export, Handle, Server, state_of};
+use crate::net::handle::Handle;
+use crate::net::server::{Export, Server, state_of};
 
 /// # Errors
 /// With the exit codes that `imz --help` lists; nothing is left half made.

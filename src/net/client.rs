@@ -30,6 +30,7 @@ use crate::replica::hydrate::Notice;
 use crate::sys::fs;
 
 mod drive;
+mod files;
 mod work;
 
 /// The figure of [`Handle::space`] is asked for anew when it is older.
@@ -55,13 +56,15 @@ pub trait Notify: Send {
 pub struct Options {
     /// how long changes rest before they are shipped
     pub age: Duration,
+    /// how long a silent server is waited for
+    pub timeout: Duration,
     /// for people, at the server
     pub host: String,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { age: policy::AGE, host: String::new() }
+        Options { age: policy::AGE, timeout: policy::TIMEOUT, host: String::new() }
     }
 }
 
@@ -278,7 +281,7 @@ impl Handle {
     }
 
     /// Ships, and calls `then` when the server keeps everything up to `seq`; with `Unreachable`
-    /// when nothing was acknowledged for `TIMEOUT` while the server is away.
+    /// when nothing was acknowledged for the timeout while the server is away.
     pub fn wait_acked(&self, seq: Seq, then: Then) {
         self.0.tell(In::WaitAcked(seq, Waiter(Some(then))));
     }

@@ -5,5 +5,6 @@ pub mod client;
 pub mod conn;
 pub mod control;
 pub mod frame;
+pub mod handle;
 pub mod poll;
 pub mod server;

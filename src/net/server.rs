@@ -10,8 +10,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -19,11 +18,12 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::answer;
 use super::conn::{Conn, Incoming, Lane};
+use super::handle::{Handle, Report, Shared, VolumeReport};
 use super::poll::{Event, Listener, Loop, Stream, Token, Waker};
 use crate::kml::record::Stamp;
 use crate::lento::message::{Code, Failed, Message};
 use crate::lento::promises::ConnId;
-use crate::lento::server::{Client, Effect, Server as Machine, Settings, VolumeNo, Why};
+use crate::lento::server::{Effect, Server as Machine, Settings, VolumeNo, Why};
 use crate::replica::volume::{self, SyncJob, Volume, VolumeError};
 
 /// Longest wait, at a stop, for what is applied to be acknowledged.
@@ -56,64 +56,6 @@ pub struct Export {
     pub dir: PathBuf,
     /// imz's own state; `.imz` in the directory if not told
     pub state: Option<PathBuf>,
-}
-
-/// For people: how a server is doing.
-#[derive(Clone, Debug, Default)]
-pub struct Report {
-    pub clients: Vec<Client>,
-    pub volumes: Vec<VolumeReport>,
-}
-
-#[derive(Clone, Debug)]
-pub struct VolumeReport {
-    pub name: String,
-    pub dir: PathBuf,
-    pub stamp: Stamp,
-    pub conflicts: u64,
-    /// room that the history takes, bytes
-    pub history_len: u64,
-    /// since the start, all connections of the server together, bytes
-    pub bytes_in: u64,
-    pub bytes_out: u64,
-    pub last_error: Option<String>,
-}
-
-/// What other threads share with the loop.
-#[derive(Default)]
-struct Shared {
-    stop: AtomicBool,
-    streams: Mutex<Vec<UnixStream>>,
-    report: Mutex<Report>,
-}
-
-/// Talks to a running server from other threads.
-#[derive(Clone)]
-pub struct Handle {
-    shared: Arc<Shared>,
-    waker: Waker,
-}
-
-impl Handle {
-    /// Begins a clean stop.
-    pub fn stop(&self) {
-        self.shared.stop.store(true, Ordering::SeqCst);
-        self.waker.wake();
-    }
-    /// A connection to the server from inside this process.
-    ///
-    /// # Errors
-    /// As socketpair(2).
-    pub fn connect(&self) -> io::Result<UnixStream> {
-        let (ours, theirs) = UnixStream::pair()?;
-        lock(&self.shared.streams).push(theirs);
-        self.waker.wake();
-        Ok(ours)
-    }
-    /// As of at most a second ago.
-    pub fn report(&self) -> Report {
-        lock(&self.shared.report).clone()
-    }
 }
 
 /// A server that runs in a thread of this process, for one volume; it ends with this.
@@ -287,7 +229,7 @@ impl Server {
             self.poll.wait(timeout, &mut events)?;
             for event in &events {
                 match *event {
-                    Event::Terminate => self.shared.stop.store(true, Ordering::SeqCst),
+                    Event::Terminate => self.shared.stop(),
                     Event::Woken => {}
                     Event::Ready { token: TOKEN_LISTENER, .. } => self.accept_at = Some(now),
                     Event::Ready { token, readable, writable } => {
@@ -301,7 +243,7 @@ impl Server {
                     }
                 }
             }
-            if stop_by.is_none() && self.shared.stop.load(Ordering::SeqCst) {
+            if stop_by.is_none() && self.shared.is_stopped() {
                 log::info!("stopping");
                 stop_by = Some(Instant::now() + STOP_MAX);
             }
@@ -317,8 +259,7 @@ impl Server {
         if self.accept_at.is_some_and(|at| at <= now) {
             self.accept(now);
         }
-        let streams = std::mem::take(&mut *lock(&self.shared.streams));
-        for stream in streams {
+        for stream in self.shared.take_streams() {
             match Stream::from_unix(stream) {
                 Ok(stream) => self.add(stream, now),
                 Err(e) => log::warn!("a connection of this process: {e}"),
@@ -542,7 +483,7 @@ impl Server {
             last_error: self.last_error.clone(),
         };
         let volumes = self.volumes.iter().map(volume).collect();
-        *lock(&self.shared.report) = Report { clients: self.machine.clients(), volumes };
+        self.shared.set_report(Report { clients: self.machine.clients(), volumes });
     }
 }
 
@@ -561,11 +502,6 @@ fn syncer(
         // the disk is for readers, too; and the next sync covers more
         std::thread::sleep(begun.elapsed().min(SYNC_PAUSE_MAX));
     }
-}
-
-/// What these locks guard is whole after every statement, also in a panic.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// The directory that holds a volume's state when several share one: named after the volume.

@@ -103,6 +103,11 @@ impl Volume {
         }
         if out.failure.is_none() {
             out.upto = upto;
+        } else {
+            // it comes again, and room may be what was missing
+            for change in changes.iter().filter(|change| change.content == Content::Spooled) {
+                self.spool.remove(node, change.seq);
+            }
         }
         if let Err(e) = self.finish(node, &mut out) {
             log::warn!("{}: node {node}: {e}", self.name);

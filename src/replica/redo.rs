@@ -12,8 +12,8 @@ use super::meta::Meta;
 use super::tree::TreeError;
 use super::volume::{CURSOR, Result, Volume, VolumeError};
 use crate::kml::codec::{Entry, Outcome};
-use crate::kml::record::{Fid, Op, Place, Seq, Stamp};
-use crate::sys::{Errno, fs};
+use crate::kml::record::{Fid, Op, Over, Place, Seq, Stamp};
+use crate::sys::{Errno, cred, fs};
 
 impl Volume {
     /// `clean`: the last life ended as it should.
@@ -28,7 +28,12 @@ impl Volume {
             let in_doubt = power_lost && entry.seq > kept;
             let done = match entry.outcome {
                 Outcome::Void => continue,
-                Outcome::Done if !in_doubt => true,
+                Outcome::Done if !in_doubt => {
+                    if !clean && !cred::is_root() {
+                        self.restore_loose(&entry)?;
+                    }
+                    true
+                }
                 _ => {
                     redone += 1;
                     self.redo(&entry)?
@@ -81,6 +86,33 @@ impl Volume {
                 Ok(false)
             }
         }
+    }
+    /// Objects that carry no attribute have their fid in the index alone, whose newest entries died
+    /// with the process. Record by record, the last word on each name is the journal's.
+    fn restore_loose(&mut self, entry: &Entry) -> Result<()> {
+        let stamp = Stamp(entry.seq.0);
+        let node = entry.record.origin.node;
+        let named: [Option<(&Place, Fid)>; 2] = match &entry.record.op {
+            Op::Symlink { at, fid, .. } | Op::Mknod { at, fid, .. } | Op::Link { at, fid, .. } => {
+                [Some((at, *fid)), None]
+            }
+            Op::Rename { from, to, fid, over: Over::Exchanged { fid: other, .. }, .. } => {
+                [Some((to, *fid)), Some((from, *other))]
+            }
+            Op::Rename { to, fid, .. } => [Some((to, *fid)), None],
+            _ => return Ok(()),
+        };
+        for (at, fid) in named.into_iter().flatten() {
+            let Ok(dir) = self.dir(at.dir) else { continue };
+            let name = at.name.as_bytes();
+            let Ok(stat) = fs::stat(&*dir, name) else { continue };
+            if !matches!(stat.kind(), fs::Kind::File | fs::Kind::Dir) {
+                let meta = Meta { author: node, stamp, ..Meta::whole(fid) };
+                self.tree.set_meta(&dir, &at.name, &meta)?;
+                self.tree.index.add(fid, at.dir, &at.name).map_err(TreeError::from)?;
+            }
+        }
+        Ok(())
     }
     /// A crash came between the making of an object and the noting of its fid.
     fn adopt(&mut self, at: &Place, fid: Fid, (node, stamp): (u32, Stamp)) -> Result<bool> {

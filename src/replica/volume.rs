@@ -42,6 +42,8 @@ const SINCE_RECORDS_MAX: usize = 65536;
 const SINCE_FIDS_MAX: usize = 8000;
 /// The history is cut to half when it takes more room than this, bytes.
 const HISTORY_LEN_MAX: u64 = 1 << 30;
+/// Records that a restart must look at, before the table of clients is written anew.
+const TAIL_MAX: u64 = 65536;
 /// Changes of the index that wait in memory.
 const FRESH_MAX: usize = 4096;
 
@@ -224,10 +226,8 @@ impl Volume {
         };
         volume.conflicts = volume.count_conflicts();
         volume.recover(facts.clean)?;
-        let stamp = volume.sync_job().run()?;
-        volume.synced();
-        volume.nodes.save(Seq(stamp.0))?;
-        log::info!("{}: volume {name} at stamp {}", dir.display(), stamp.0);
+        volume.save_nodes()?;
+        log::info!("{}: volume {name} at stamp {}", dir.display(), volume.stamp().0);
         Ok(volume)
     }
     /// Ends it cleanly. Durable on return: yes.
@@ -236,7 +236,6 @@ impl Volume {
     /// What was not acknowledged may be lost.
     pub fn close(mut self) -> Result<()> {
         self.flush_touched()?;
-        self.tree.index.flush(true).map_err(TreeError::from)?;
         self.save_nodes()?;
         Ok(self.state.edit(|facts| facts.clean = true)?)
     }
@@ -278,6 +277,11 @@ impl Volume {
     /// The sync went well.
     pub fn synced(&mut self) {
         self.nodes.keep(std::mem::take(&mut self.syncing));
+        if self.log.settled_through().0 > self.nodes.as_of().0 + TAIL_MAX
+            && let Err(e) = self.save_nodes()
+        {
+            log::warn!("{}: what a restart must look at grows: {e}", self.dir.display());
+        }
         if self.log.bytes() > HISTORY_LEN_MAX
             && let Err(e) = self.trim()
         {
@@ -286,12 +290,13 @@ impl Volume {
     }
     fn trim(&mut self) -> Result<()> {
         let (first, last) = (self.log.first().0, self.log.settled_through().0);
-        self.tree.index.flush(true).map_err(TreeError::from)?;
         self.save_nodes()?;
         Ok(self.log.trim(Seq(first + (last - first) / 2))?)
     }
-    /// Makes everything durable, and the table of clients as well.
+    /// Makes everything durable, and the table of clients as well: a restart looks at the journal
+    /// from here on only.
     pub(super) fn save_nodes(&mut self) -> Result<()> {
+        self.tree.index.flush(true).map_err(TreeError::from)?;
         let marks = self.nodes.marks();
         let stamp = SyncJob { tree: self.tree.clone(), log: self.log.clone() }.run()?;
         self.nodes.keep(marks);

@@ -37,7 +37,7 @@ impl Rig {
     /// Away, with `settled` records of which the server has `acked`.
     fn new(acked: u64, settled: u64) -> Rig {
         let now = Instant::now() + Duration::from_secs(1000);
-        let mut client = Client::new(who(), Stamp(40), Seq(acked), policy::AGE, 9, now);
+        let mut client = Client::new(who(), Stamp(40), Seq(acked), Settings::default(), 9, now);
         client.on_bell(Bell { settled: Seq(settled), written_len: 0, oldest_at: now }, now);
         Rig { client, now }
     }

@@ -1,30 +1,27 @@
 //! The loop: events to the machine, its effects to the world. See client.rs for the picture.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::net::ToSocketAddrs;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
 
+use super::files::{answer_of, bytes_of, remote, remote_page};
 use super::work::{Job, Worker};
 use super::{In, Notify, Options, Peer, Shared, Waiter, Want};
 use crate::kml::record::{Fid, Seq, Stamp};
-use crate::lento::client::{Bytes, Client, Effect, Ticket, Unmet, Want as Need, Who};
+use crate::lento::client::{Client, Effect, Settings, Ticket, Unmet, Want as Need, Who};
 use crate::lento::message::*;
-use crate::lento::policy;
 use crate::lento::ship::Bell;
 use crate::net::conn::{Conn, Lane};
-use crate::net::poll::{Event, Loop, Stream, Token};
+use crate::net::poll::{Event, Loop, Stream};
 use crate::replica::cache::Cache;
-use crate::replica::hydrate::{self, Notice, Remote};
-use crate::replica::merge::{self, Listing, RemotePage};
+use crate::replica::hydrate::{self, Notice};
+use crate::replica::merge::{self, Listing};
 use crate::replica::tree::TreeError;
-use crate::sys::Errno;
-use crate::sys::fs::{self, Kind, o};
+
+mod link;
 
 /// How soon after a look at the journal the next one comes.
 const BELL_PAUSE: Duration = Duration::from_millis(50);
@@ -39,6 +36,7 @@ pub(super) struct Driver {
     cache: Arc<Cache>,
     peer: Peer,
     machine: Client,
+    timeout: Duration,
     notifier: Box<dyn Notify>,
     event_loop: Loop,
     inbox: Receiver<In>,
@@ -61,6 +59,8 @@ pub(super) struct Driver {
     flush_at: Option<Instant>,
     keep_at: Instant,
     kept: (Seq, Stamp),
+    /// the cache has changed since everything was made durable
+    changed: bool,
     rate: Rate,
     stop: bool,
 }
@@ -101,11 +101,13 @@ impl Driver {
         let (acked, current) = (cache.acked(), cache.current_stamp());
         // Any number does: clients differ in their incarnation, and attempts in their time.
         let seed = facts.incarnation() as u64 ^ u64::from(std::process::id());
-        let machine = Client::new(who, current, acked, options.age, seed, now);
+        let settings = Settings { age: options.age, timeout: options.timeout };
+        let machine = Client::new(who, current, acked, settings, seed, now);
         Driver {
             shared,
             peer,
             machine,
+            timeout: options.timeout,
             notifier,
             event_loop,
             inbox,
@@ -125,6 +127,7 @@ impl Driver {
             flush_at: None,
             keep_at: now + KEEP_EVERY,
             kept: (acked, current),
+            changed: false,
             rate: Rate { since: now, out: 0, per_second: 0.0 },
             stop: false,
             cache,
@@ -172,12 +175,15 @@ impl Driver {
         {
             return Instant::now();
         }
-        let waiting = self.waiting.iter().map(|(_, since, _)| *since + policy::TIMEOUT).min();
-        let must_keep = self.kept != (self.machine.acked(), self.machine.current());
-        let keep = (must_keep || self.flush_at.is_some()).then_some(self.keep_at);
+        let waiting = self.waiting.iter().map(|(_, since, _)| *since + self.timeout).min();
+        let keep = self.must_keep().then_some(self.keep_at);
         let moving = (self.rate.per_second > 1.0).then(|| self.rate.since + FLUSH_AFTER);
         let all = [waiting, self.look_at, self.flush_at, keep, moving];
         all.into_iter().flatten().fold(self.machine.wake_at(), Instant::min)
+    }
+
+    fn must_keep(&self) -> bool {
+        self.changed || self.kept != (self.machine.acked(), self.machine.current())
     }
 
     /// Carries out what the machine decided, until it has nothing more to say.
@@ -271,7 +277,10 @@ impl Driver {
             Effect::MergePage { .. }
             | Effect::FinishListing { .. }
             | Effect::SetObject { .. }
-            | Effect::WriteRange { .. } => self.take_in(effect),
+            | Effect::WriteRange { .. } => {
+                self.note_change(now);
+                self.take_in(effect);
+            }
             Effect::MarkStale { break_id, fids } => self.mark_stale(break_id, &fids),
             Effect::BumpEpoch => self.bump_epoch(),
             Effect::CutBatch { after, upto } => {
@@ -312,162 +321,6 @@ impl Driver {
             (Ok(()), Some(errno)) => waiter.end(Err(Unmet::Local(*errno))),
             (how, _) => waiter.end(how),
         }
-    }
-
-    // The connection.
-
-    fn begin_to_connect(&mut self, now: Instant) {
-        self.generation += 1;
-        let generation = self.generation;
-        match &mut self.peer {
-            Peer::Embedded(give) => match give().and_then(Stream::from_unix) {
-                Ok(stream) => self.up(stream, now),
-                Err(e) => self.lost(&e.to_string(), now),
-            },
-            // A look-up that is still under way: its answer comes too late, and so does this one.
-            Peer::Tcp(..) if self.resolving => {}
-            Peer::Tcp(host, port) => {
-                let (shared, at) = (self.shared.clone(), (host.clone(), *port));
-                let resolve = move || {
-                    let found = (&at.0[..], at.1).to_socket_addrs().map(Iterator::collect);
-                    shared.tell(In::Resolved { generation, found });
-                };
-                let name = "imz-resolver".to_owned();
-                match std::thread::Builder::new().name(name).spawn(resolve) {
-                    Ok(_) => self.resolving = true,
-                    Err(e) => self.lost(&e.to_string(), now),
-                }
-            }
-        }
-    }
-
-    /// Tries the addresses one after another.
-    fn connect(&mut self, mut addrs: Vec<std::net::SocketAddr>, now: Instant) {
-        let mut why = "the name has no address".to_owned();
-        while !addrs.is_empty() {
-            let addr = addrs.remove(0);
-            let begun = Stream::connect(addr).and_then(|mut stream| {
-                self.event_loop.add_stream(&mut stream, Token(self.generation as usize))?;
-                Ok(stream)
-            });
-            match begun {
-                Ok(stream) => {
-                    self.link = Link::Connecting(stream, addrs);
-                    return;
-                }
-                Err(e) => why = format!("{addr}: {e}"),
-            }
-        }
-        self.lost(&why, now);
-    }
-
-    fn up(&mut self, mut stream: Stream, now: Instant) {
-        let (compress, token) = (!stream.is_local(), Token(self.generation as usize));
-        if matches!(stream, Stream::Unix(_))
-            && let Err(e) = self.event_loop.add_stream(&mut stream, token)
-        {
-            return self.lost(&e.to_string(), now);
-        }
-        self.rate.out = 0;
-        self.link = Link::Up(Box::new(Conn::new(stream, compress)));
-        self.machine.on_connected(now);
-    }
-
-    fn on_ready(&mut self, now: Instant) {
-        match std::mem::replace(&mut self.link, Link::None) {
-            Link::None => {}
-            Link::Connecting(stream, addrs) => match stream.connected() {
-                Ok(true) => self.up(stream, now),
-                Ok(false) => self.link = Link::Connecting(stream, addrs),
-                Err(e) if addrs.is_empty() => self.lost(&e.to_string(), now),
-                Err(_) => {
-                    drop(stream);
-                    self.connect(addrs, now);
-                }
-            },
-            Link::Up(mut conn) => {
-                let before = conn.bytes_in();
-                let read = conn.read();
-                let came = conn.bytes_in() - before;
-                let generation = self.generation;
-                self.link = Link::Up(conn);
-                if came > 0 {
-                    self.machine.on_heard(came, now);
-                }
-                match read {
-                    Ok(messages) => {
-                        for m in messages {
-                            if generation != self.generation || !matches!(self.link, Link::Up(_)) {
-                                break; // an effect closed the connection
-                            }
-                            self.machine.on_message(m.id, m.answer, m.message, now);
-                            self.turn(now);
-                        }
-                    }
-                    Err(fault) => self.lost(&fault.to_string(), now),
-                }
-            }
-        }
-    }
-
-    fn send(&mut self, lane: Lane, id: u64, answer: bool, message: &Message, now: Instant) {
-        if let Link::Up(conn) = &mut self.link
-            && let Err(e) = conn.send(lane, id, answer, message)
-        {
-            self.lost(&e.to_string(), now);
-        }
-    }
-
-    fn unlink(&mut self) {
-        self.link = Link::None;
-        self.reads.clear();
-        self.listings.clear();
-        // Answers of the old connection must not reach the new one.
-        self.generation += 1;
-    }
-
-    fn lost(&mut self, why: &str, now: Instant) {
-        self.note_error(why);
-        self.unlink();
-        self.machine.on_closed(now);
-    }
-
-    fn note_error(&self, what: &str) {
-        log::warn!("{}: {what}", self.shared.server);
-        self.shared.facts().last_error = Some(what.to_owned());
-    }
-
-    fn on_welcomed(&mut self, node: u32, volume_id: [u8; 16], volume: String) {
-        let facts = self.cache.state.facts();
-        let id = u128::from_be_bytes(volume_id);
-        if (facts.node, facts.volume_id()) == (node, id) && facts.volume == volume {
-            return;
-        }
-        let edited = self.cache.state.edit(|facts| {
-            (facts.node, facts.volume) = (node, volume);
-            facts.volume_id = crate::replica::state::hex(id);
-        });
-        if let Err(e) = edited {
-            self.note_error(&e.to_string());
-        }
-    }
-
-    fn on_refused(&mut self, code: Code, what: String) {
-        self.note_error(&format!("refused: {what}"));
-        self.shared.facts().contact.get_or_insert(Err((code, what)));
-        self.shared.changed.notify_all();
-    }
-
-    fn set_online(&mut self, online: bool) {
-        self.cache.set_online(online);
-        let mut facts = self.shared.facts();
-        (facts.connected, facts.since) = (online, SystemTime::now());
-        if online {
-            facts.contact = Some(Ok(()));
-            facts.last_error = None;
-            log::info!("{}: connected", self.shared.server);
-        }
-        self.shared.changed.notify_all();
     }
 
     // What comes in for the cache.
@@ -597,7 +450,7 @@ impl Driver {
             return;
         }
         (self.settled, self.look_at) = (settled, Some(now + BELL_PAUSE));
-        self.flush_at.get_or_insert(now + FLUSH_AFTER);
+        self.note_change(now);
         let (written_len, oldest_ns) = {
             let pending = self.cache.pending();
             (pending.written_len(), pending.oldest_ns())
@@ -610,15 +463,21 @@ impl Driver {
 
     // Housekeeping.
 
+    fn note_change(&mut self, now: Instant) {
+        self.changed = true;
+        self.flush_at.get_or_insert(now + FLUSH_AFTER);
+    }
+
     fn keep_house(&mut self, now: Instant) {
         if self.flush_at.is_some_and(|at| now >= at) {
             self.flush_at = None;
             self.worker.give(Job::Flush);
         }
-        if now >= self.keep_at {
+        if now >= self.keep_at && self.must_keep() {
             self.keep(now);
         }
-        let late = |since: &Instant| now >= *since + policy::TIMEOUT;
+        let timeout = self.timeout;
+        let late = |since: &Instant| now >= *since + timeout;
         let online = self.machine.is_online();
         for (_, since, _) in &mut self.waiting {
             if online && late(since) {
@@ -647,7 +506,7 @@ impl Driver {
     }
 
     fn keep(&mut self, now: Instant) {
-        self.keep_at = now + KEEP_EVERY;
+        (self.keep_at, self.changed) = (now + KEEP_EVERY, false);
         self.kept = (self.machine.acked(), self.machine.current());
         self.worker.give(Job::Keep { acked: self.kept.0, current: self.kept.1 });
     }
@@ -660,78 +519,4 @@ impl Driver {
         self.shared.facts().connected = false;
         // Waiters that are left are told by being dropped, here and in the inbox.
     }
-}
-
-fn remote(object: Object) -> Remote {
-    let xattrs = object.xattrs.into_iter().map(|x| (x.name, x.value)).collect();
-    let Object { fid, stamp, attr, target, .. } = object;
-    Remote { fid, stamp, attr, target, xattrs }
-}
-
-fn remote_page(page: Page) -> RemotePage {
-    let entries = page.entries.into_iter().map(|e| (e.name, remote(e.object))).collect();
-    RemotePage { dir: remote(page.dir), entries }
-}
-
-/// What is missing of `at..at + len`, and behind it; `None` when all is here.
-fn bytes_of(cache: &Cache, fid: Fid, at: u64, len: u64) -> Result<Option<Bytes>, TreeError> {
-    let file = cache.open_object(fid, o::RDONLY | o::NONBLOCK)?;
-    let Some(meta) = cache.tree.meta_of(&file)? else { return Ok(None) };
-    let granule_len = meta.granule_len();
-    let starts = |from: u64, to: u64| {
-        let (mut starts, mut next) = (Vec::new(), from);
-        while next < to {
-            let Some((start, len)) = meta.missing(next, to - next) else { break };
-            let first = (start.max(next) / granule_len) * granule_len;
-            starts.extend((first..start + len).step_by(granule_len as usize));
-            next = start + len;
-        }
-        starts
-    };
-    let need = starts(at, at.saturating_add(len).min(meta.base_size));
-    let Some(last) = need.last() else { return Ok(None) };
-    let from = last + granule_len;
-    let window = granule_len * u64::from(policy::READ_AHEAD_MAX);
-    let ahead = starts(from, (from + window).min(meta.base_size));
-    let (stamp, base_size) = (meta.stamp, meta.base_size);
-    Ok(Some(Bytes { fid, stamp, granule_len, base_size, need, ahead }))
-}
-
-/// The answer to a read of the server's.
-fn answer_of(cache: &Cache, read: &Read) -> Message {
-    let failed = |code, what: String| Failed { code, what }.into();
-    let answer = || -> Result<Message, TreeError> {
-        let file = cache.open_object(read.fid, o::RDONLY | o::NONBLOCK)?;
-        let stat = fs::fstat(&file)?;
-        if stat.kind() != Kind::File {
-            return Err(TreeError::Gone(read.fid));
-        }
-        let mut bytes = vec![0; read.len.min(RANGE_LEN_MAX) as usize];
-        let len = read_full(&file, &mut bytes, read.at)?;
-        bytes.truncate(len);
-        let mut hasher = DefaultHasher::new();
-        (stat.size, stat.mtime, stat.ctime).hash(&mut hasher);
-        Ok(Data { at: read.at, bytes, size: stat.size, token: hasher.finish() }.into())
-    };
-    match answer() {
-        Ok(message) => message,
-        Err(TreeError::Gone(_) | TreeError::Os(Errno::NOENT | Errno::LOOP)) => {
-            failed(Code::Gone, "the file is gone".to_owned())
-        }
-        Err(e) => failed(Code::Io, e.to_string()),
-    }
-}
-
-/// Reads until the end of the file or of `into`.
-pub(super) fn read_full(file: impl AsFd, into: &mut [u8], at: u64) -> Result<usize, Errno> {
-    let mut got = 0;
-    while got < into.len() {
-        match fs::pread(&file, &mut into[got..], at + got as u64) {
-            Ok(0) => break,
-            Ok(count) => got += count,
-            Err(Errno::INTR) => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(got)
 }

@@ -111,7 +111,7 @@ fn keep(cache: &Cache, acked: Seq, current: Stamp) -> Result<(), CacheError> {
     if acked != before {
         cache.set_acked(acked)?;
     }
-    if current > cache.current_stamp() || current == Stamp(0) {
+    if current != cache.current_stamp() {
         cache.set_current_stamp(current)?;
     }
     cache.log.trim(acked)?;
@@ -201,7 +201,7 @@ fn content(cache: &Cache, record: &Record) -> Option<Vec<u8>> {
     for range in ranges {
         // What a later truncation took reads as zeros: its record follows.
         let into = &mut bytes[at..at + range.len as usize];
-        if super::drive::read_full(&file, into, range.at).is_err() {
+        if super::files::read_full(&file, into, range.at).is_err() {
             // The server asks for them, and will be told what is wrong.
             return None;
         }

@@ -1,0 +1,174 @@
+//! The loop's connection: made, lost, and who is at the other end.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::time::{Instant, SystemTime};
+
+use super::{Driver, Link};
+use crate::lento::message::{Code, Message};
+use crate::net::client::{In, Peer};
+use crate::net::conn::{Conn, Lane};
+use crate::net::poll::{Stream, Token};
+use crate::replica::state::hex;
+
+impl Driver {
+    pub(super) fn begin_to_connect(&mut self, now: Instant) {
+        self.generation += 1;
+        let generation = self.generation;
+        match &mut self.peer {
+            Peer::Embedded(give) => match give().and_then(Stream::from_unix) {
+                Ok(stream) => self.up(stream, now),
+                Err(e) => self.lost(&e.to_string(), now),
+            },
+            // A look-up that is still under way: its answer comes too late, and so does this one.
+            Peer::Tcp(..) if self.resolving => {}
+            Peer::Tcp(host, port) => {
+                let (shared, at) = (self.shared.clone(), (host.clone(), *port));
+                let resolve = move || {
+                    let found = (&at.0[..], at.1).to_socket_addrs().map(Iterator::collect);
+                    shared.tell(In::Resolved { generation, found });
+                };
+                let name = "imz-resolver".to_owned();
+                match std::thread::Builder::new().name(name).spawn(resolve) {
+                    Ok(_) => self.resolving = true,
+                    Err(e) => self.lost(&e.to_string(), now),
+                }
+            }
+        }
+    }
+
+    /// Tries the addresses one after another.
+    pub(super) fn connect(&mut self, mut addrs: Vec<SocketAddr>, now: Instant) {
+        let mut why = "the name has no address".to_owned();
+        while !addrs.is_empty() {
+            let addr = addrs.remove(0);
+            let begun = Stream::connect(addr).and_then(|mut stream| {
+                self.event_loop.add_stream(&mut stream, Token(self.generation as usize))?;
+                Ok(stream)
+            });
+            match begun {
+                Ok(stream) => {
+                    self.link = Link::Connecting(stream, addrs);
+                    return;
+                }
+                Err(e) => why = format!("{addr}: {e}"),
+            }
+        }
+        self.lost(&why, now);
+    }
+
+    pub(super) fn up(&mut self, mut stream: Stream, now: Instant) {
+        let (compress, token) = (!stream.is_local(), Token(self.generation as usize));
+        if matches!(stream, Stream::Unix(_))
+            && let Err(e) = self.event_loop.add_stream(&mut stream, token)
+        {
+            return self.lost(&e.to_string(), now);
+        }
+        self.rate.out = 0;
+        self.link = Link::Up(Box::new(Conn::new(stream, compress)));
+        self.machine.on_connected(now);
+    }
+
+    pub(super) fn on_ready(&mut self, now: Instant) {
+        match std::mem::replace(&mut self.link, Link::None) {
+            Link::None => {}
+            Link::Connecting(stream, addrs) => match stream.connected() {
+                Ok(true) => self.up(stream, now),
+                Ok(false) => self.link = Link::Connecting(stream, addrs),
+                Err(e) if addrs.is_empty() => self.lost(&e.to_string(), now),
+                Err(_) => {
+                    drop(stream);
+                    self.connect(addrs, now);
+                }
+            },
+            Link::Up(mut conn) => {
+                let before = conn.bytes_in();
+                let read = conn.read();
+                let came = conn.bytes_in() - before;
+                let generation = self.generation;
+                self.link = Link::Up(conn);
+                if came > 0 {
+                    self.machine.on_heard(came, now);
+                }
+                match read {
+                    Ok(messages) => {
+                        for m in messages {
+                            if generation != self.generation || !matches!(self.link, Link::Up(_)) {
+                                break; // an effect closed the connection
+                            }
+                            self.machine.on_message(m.id, m.answer, m.message, now);
+                            self.turn(now);
+                        }
+                    }
+                    Err(fault) => self.lost(&fault.to_string(), now),
+                }
+            }
+        }
+    }
+
+    pub(super) fn send(
+        &mut self,
+        lane: Lane,
+        id: u64,
+        answer: bool,
+        message: &Message,
+        now: Instant,
+    ) {
+        if let Link::Up(conn) = &mut self.link
+            && let Err(e) = conn.send(lane, id, answer, message)
+        {
+            self.lost(&e.to_string(), now);
+        }
+    }
+
+    pub(super) fn unlink(&mut self) {
+        self.link = Link::None;
+        self.reads.clear();
+        self.listings.clear();
+        // Answers of the old connection must not reach the new one.
+        self.generation += 1;
+    }
+
+    pub(super) fn lost(&mut self, why: &str, now: Instant) {
+        self.note_error(why);
+        self.unlink();
+        self.machine.on_closed(now);
+    }
+
+    pub(super) fn note_error(&self, what: &str) {
+        log::warn!("{}: {what}", self.shared.server);
+        self.shared.facts().last_error = Some(what.to_owned());
+    }
+
+    pub(super) fn on_welcomed(&mut self, node: u32, volume_id: [u8; 16], volume: String) {
+        let facts = self.cache.state.facts();
+        let id = u128::from_be_bytes(volume_id);
+        if (facts.node, facts.volume_id()) == (node, id) && facts.volume == volume {
+            return;
+        }
+        let edited = self.cache.state.edit(|facts| {
+            (facts.node, facts.volume) = (node, volume);
+            facts.volume_id = hex(id);
+        });
+        if let Err(e) = edited {
+            self.note_error(&e.to_string());
+        }
+    }
+
+    pub(super) fn on_refused(&mut self, code: Code, what: String) {
+        self.note_error(&format!("refused: {what}"));
+        self.shared.facts().contact.get_or_insert(Err((code, what)));
+        self.shared.changed.notify_all();
+    }
+
+    pub(super) fn set_online(&mut self, online: bool) {
+        self.cache.set_online(online);
+        let mut facts = self.shared.facts();
+        (facts.connected, facts.since) = (online, SystemTime::now());
+        if online {
+            facts.contact = Some(Ok(()));
+            facts.last_error = None;
+            log::info!("{}: connected", self.shared.server);
+        }
+        self.shared.changed.notify_all();
+    }
+}

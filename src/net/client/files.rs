@@ -1,0 +1,89 @@
+//! Between messages and the cache's files: each put in the other's terms.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::fd::AsFd;
+
+use crate::kml::record::Fid;
+use crate::lento::client::Bytes;
+use crate::lento::message::{Code, Data, Failed, Message, Object, Page, RANGE_LEN_MAX, Read};
+use crate::lento::policy;
+use crate::replica::cache::Cache;
+use crate::replica::hydrate::Remote;
+use crate::replica::merge::RemotePage;
+use crate::replica::tree::TreeError;
+use crate::sys::Errno;
+use crate::sys::fs::{self, Kind, o};
+
+pub fn remote(object: Object) -> Remote {
+    let xattrs = object.xattrs.into_iter().map(|x| (x.name, x.value)).collect();
+    let Object { fid, stamp, attr, target, .. } = object;
+    Remote { fid, stamp, attr, target, xattrs }
+}
+
+pub fn remote_page(page: Page) -> RemotePage {
+    let entries = page.entries.into_iter().map(|e| (e.name, remote(e.object))).collect();
+    RemotePage { dir: remote(page.dir), entries }
+}
+
+/// What is missing of `at..at + len`, and behind it; `None` when all is here.
+pub fn bytes_of(cache: &Cache, fid: Fid, at: u64, len: u64) -> Result<Option<Bytes>, TreeError> {
+    let file = cache.open_object(fid, o::RDONLY | o::NONBLOCK)?;
+    let Some(meta) = cache.tree.meta_of(&file)? else { return Ok(None) };
+    let granule_len = meta.granule_len();
+    let starts = |from: u64, to: u64| {
+        let (mut starts, mut next) = (Vec::new(), from);
+        while next < to {
+            let Some((start, len)) = meta.missing(next, to - next) else { break };
+            let first = (start.max(next) / granule_len) * granule_len;
+            starts.extend((first..start + len).step_by(granule_len as usize));
+            next = start + len;
+        }
+        starts
+    };
+    let need = starts(at, at.saturating_add(len).min(meta.base_size));
+    let Some(last) = need.last() else { return Ok(None) };
+    let from = last + granule_len;
+    let window = granule_len * u64::from(policy::READ_AHEAD_MAX);
+    let ahead = starts(from, (from + window).min(meta.base_size));
+    let (stamp, base_size) = (meta.stamp, meta.base_size);
+    Ok(Some(Bytes { fid, stamp, granule_len, base_size, need, ahead }))
+}
+
+/// The answer to a read of the server's.
+pub fn answer_of(cache: &Cache, read: &Read) -> Message {
+    let failed = |code, what: String| Failed { code, what }.into();
+    let answer = || -> Result<Message, TreeError> {
+        let file = cache.open_object(read.fid, o::RDONLY | o::NONBLOCK)?;
+        let stat = fs::fstat(&file)?;
+        if stat.kind() != Kind::File {
+            return Err(TreeError::Gone(read.fid));
+        }
+        let mut bytes = vec![0; read.len.min(RANGE_LEN_MAX) as usize];
+        let len = read_full(&file, &mut bytes, read.at)?;
+        bytes.truncate(len);
+        let mut hasher = DefaultHasher::new();
+        (stat.size, stat.mtime, stat.ctime).hash(&mut hasher);
+        Ok(Data { at: read.at, bytes, size: stat.size, token: hasher.finish() }.into())
+    };
+    match answer() {
+        Ok(message) => message,
+        Err(TreeError::Gone(_) | TreeError::Os(Errno::NOENT | Errno::LOOP)) => {
+            failed(Code::Gone, "the file is gone".to_owned())
+        }
+        Err(e) => failed(Code::Io, e.to_string()),
+    }
+}
+
+/// Reads until the end of the file or of `into`.
+pub fn read_full(file: impl AsFd, into: &mut [u8], at: u64) -> Result<usize, Errno> {
+    let mut got = 0;
+    while got < into.len() {
+        match fs::pread(&file, &mut into[got..], at + got as u64) {
+            Ok(0) => break,
+            Ok(count) => got += count,
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(got)
+}

@@ -1,0 +1,91 @@
+//! A running server, seen from the other threads of its process: stop it, come in, ask how it is.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::poll::Waker;
+use crate::kml::record::Stamp;
+use crate::lento::server::Client;
+
+/// For people: how a server is doing.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    pub clients: Vec<Client>,
+    pub volumes: Vec<VolumeReport>,
+}
+
+#[derive(Clone, Debug)]
+pub struct VolumeReport {
+    pub name: String,
+    pub dir: PathBuf,
+    pub stamp: Stamp,
+    pub conflicts: u64,
+    /// room that the history takes, bytes
+    pub history_len: u64,
+    /// since the start, all connections of the server together, bytes
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub last_error: Option<String>,
+}
+
+/// What other threads share with the loop.
+#[derive(Default)]
+pub(super) struct Shared {
+    stop: AtomicBool,
+    streams: Mutex<Vec<UnixStream>>,
+    report: Mutex<Report>,
+}
+
+/// Talks to a running server from other threads.
+#[derive(Clone)]
+pub struct Handle {
+    pub(super) shared: Arc<Shared>,
+    pub(super) waker: Waker,
+}
+
+impl Handle {
+    /// Begins a clean stop.
+    pub fn stop(&self) {
+        self.shared.stop();
+        self.waker.wake();
+    }
+    /// A connection to the server from inside this process.
+    ///
+    /// # Errors
+    /// As socketpair(2).
+    pub fn connect(&self) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        lock(&self.shared.streams).push(theirs);
+        self.waker.wake();
+        Ok(ours)
+    }
+    /// As of at most a second ago.
+    pub fn report(&self) -> Report {
+        lock(&self.shared.report).clone()
+    }
+}
+
+impl Shared {
+    /// Whether it shall end.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+    }
+    /// Connections of this process that came in since the last call.
+    pub(super) fn take_streams(&self) -> Vec<UnixStream> {
+        std::mem::take(&mut lock(&self.streams))
+    }
+    pub(super) fn set_report(&self, report: Report) {
+        *lock(&self.report) = report;
+    }
+}
+
+/// What these locks guard is whole after every statement, also in a panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
