@@ -617,3 +617,15 @@ fn answers_of_the_wrong_kind_and_requests_out_of_turn_end_the_connection() {
     rig.client.on_message(5, false, Statfs {}.into(), rig.now);
     assert!(matches!(rig.effects()[0], Effect::Close { .. }), "servers have no such question");
 }
+
+#[test]
+fn patience_can_be_chosen() {
+    let mut rig = Rig::online(0, 0);
+    rig.client.set_timeout(Duration::from_secs(3), rig.now);
+    rig.client.on_want(Want::Object(A), 1, rig.now);
+    rig.effects();
+    rig.pass(1_000);
+    assert!(matches!(rig.sent()[..], [(_, Message::Ping(_))]));
+    rig.pass(2_000);
+    assert_eq!(Rig::resolved(&rig.effects()), [(1, Err(Unmet::Unreachable))]);
+}
