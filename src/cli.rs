@@ -141,10 +141,11 @@ pub struct ServeArgs {
 Mount options:
   ro, rw             read-only or not (default rw)
   sync, async        fsync waits for the server, too (default async: for the local disk)
-  allow_other        let other users in; if not root, /etc/fuse.conf must say user_allow_other
+  allow_other        let other users in; root's mounts always do, for others /etc/fuse.conf must
+                     say user_allow_other
   cache=DIR          as --cache
   age=DURATION       how long a change ages before it is shipped, so that short-lived files stay
-                     here (default 1s; 0 ships at once)
+                     here (default 2s; 0 ships at once)
   timeout=DURATION   how long the server may be silent before it counts as away (default 10s)
   passthrough=auto   data of cached files goes past the daemon where the kernel allows it (default)
   passthrough=off    all data goes through the daemon
@@ -314,7 +315,7 @@ Keys of --json:
                                    data that is nowhere else
   conflicts                        versions kept aside, waiting for a decision
   journal_bytes                    size of the journal on disk
-  requests_foreground              operations that wait for the server at this moment
+  requests_foreground              requests to the server that an operation waited for, so far
   passthrough                      whether data goes past the daemon
   pid, version                     of the process
   last_error                       the last trouble, or null

@@ -1,6 +1,8 @@
 //! Two clients and a server in one process: real sockets, real files, no kernel in between. The
 //! filter's part is played by hand: journal, then tree, then the outcome.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

@@ -386,7 +386,7 @@ impl Default for MountOptions {
             exec: true,
             atime: true,
             allow_other: false,
-            age: Duration::from_secs(1),
+            age: Duration::from_secs(2),
             timeout: Duration::from_secs(10),
             passthrough: Passthrough::Auto,
             cache: None,

@@ -302,6 +302,14 @@ impl Client {
         }
     }
 
+    /// From here on. Before the first contact its clock begins anew.
+    pub fn set_timeout(&mut self, timeout: Duration, now: Instant) {
+        self.timeout = timeout;
+        if !self.is_online() && now < self.grace_until {
+            self.grace_until = now + timeout;
+        }
+    }
+
     pub fn poll(&mut self) -> Option<Effect> {
         self.line.effects.pop_front()
     }

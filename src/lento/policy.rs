@@ -7,11 +7,11 @@ use std::time::Duration;
 
 /// How long a change rests in the journal before it is shipped, so that a file that lives shorter
 /// never leaves the machine. A mount option sets another.
-pub const AGE: Duration = Duration::from_secs(1);
+pub const AGE: Duration = Duration::from_secs(2);
 /// So many unshipped bytes are shipped at once, whatever their age.
-pub const SHIP_LEN: u64 = 4 << 20;
+pub const SHIP_LEN: u64 = 256 << 20;
 /// So many unshipped records are shipped at once, whatever their age.
-pub const SHIP_COUNT: u64 = 1000;
+pub const SHIP_COUNT: u64 = 100_000;
 /// Batches under way at one time.
 pub const WINDOW: usize = 4;
 /// A batch that nothing happened to for so long means that the connection is of no use.
@@ -29,7 +29,7 @@ pub const TIMEOUT: Duration = Duration::from_secs(10);
 pub const PING_AFTER: Duration = Duration::from_secs(3);
 /// First and longest pause between attempts to connect.
 pub const RETRY_MIN: Duration = Duration::from_millis(100);
-pub const RETRY_MAX: Duration = Duration::from_secs(30);
+pub const RETRY_MAX: Duration = Duration::from_secs(10);
 /// How often the stamp up to which the cache is current is written down.
 pub const SAVE_EVERY: Duration = Duration::from_secs(30);
 
@@ -97,7 +97,7 @@ mod tests {
     #[test]
     fn age_or_amount_ships() {
         let (ms, s) = (Duration::from_millis, Duration::from_secs);
-        assert!(!ship_now(ms(999), s(1), 999, SHIP_LEN - 1));
+        assert!(!ship_now(ms(999), s(1), SHIP_COUNT - 1, SHIP_LEN - 1));
         assert!(ship_now(s(1), s(1), 1, 0));
         assert!(ship_now(ms(0), s(1), SHIP_COUNT, 0));
         assert!(ship_now(ms(0), s(1), 1, SHIP_LEN));

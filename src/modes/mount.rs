@@ -184,7 +184,8 @@ impl Running {
         };
         let opened = cache::open(place, &args.source, &volume)?;
         let (notify, kernel) = wire::notifier()?;
-        let options = client::Options { age: settings.age, host: sys::daemon::host_name() };
+        let (age, timeout, host) = (settings.age, settings.timeout, sys::daemon::host_name());
+        let options = client::Options { age, timeout, host };
         let handle = client::start(opened.cache.clone(), peer, options, notify)?;
         wire::meet(&handle, &opened.cache, &args.source, settings.timeout)?;
         let filter = Arc::new(Filter {

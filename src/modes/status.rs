@@ -127,7 +127,7 @@ fn render(status: &Status, now: SystemTime) -> String {
         n => line("conflicts", format!("{n} versions kept in .imz-conflicts")),
     }
     if status.requests_foreground > 0 {
-        line("waiting", format!("{} operations for the server", status.requests_foreground));
+        line("requests", format!("{} that an operation waited for", status.requests_foreground));
     }
     let passthrough = if status.passthrough { ", passthrough" } else { "" };
     line("process", format!("{}, imz {}{passthrough}", status.pid, status.version));
@@ -214,7 +214,7 @@ mod tests {
         for part in [
             "server      AWAY since ?\n",
             "pending     nothing\n",
-            "waiting     4 operations",
+            "requests    4 that an operation waited for",
             "conflicts   1 ver",
             "last error  connection refused\n",
         ] {

@@ -56,15 +56,13 @@ pub trait Notify: Send {
 pub struct Options {
     /// how long changes rest before they are shipped
     pub age: Duration,
-    /// how long a silent server is waited for
-    pub timeout: Duration,
     /// for people, at the server
     pub host: String,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { age: policy::AGE, timeout: policy::TIMEOUT, host: String::new() }
+        Options { age: policy::AGE, host: String::new() }
     }
 }
 
@@ -148,6 +146,7 @@ pub struct Snapshot {
 /// What the loop is told.
 enum In {
     Want(Want, Waiter),
+    Timeout(Duration),
     ShipNow,
     WaitAcked(Seq, Waiter),
     WantSpace,
@@ -265,6 +264,11 @@ impl Handle {
     /// here. That is as fresh as can be had, also where it is marked as stale again already.
     pub fn want(&self, want: Want, then: Then) {
         self.0.tell(In::Want(want, Waiter(Some(then))));
+    }
+
+    /// How long a silent server is waited for, from now on; `TIMEOUT` until it is said.
+    pub fn set_timeout(&self, timeout: Duration) {
+        self.0.tell(In::Timeout(timeout));
     }
 
     /// Ships what there is, whatever its age. When [`Handle::acked`] has reached the result, all

@@ -69,7 +69,7 @@ pub struct Status {
     pub cache_dirty_bytes: u64,
     pub conflicts: u64,
     pub journal_bytes: u64,
-    /// operations that wait for the server at this moment
+    /// requests that an operation waited for, since the start
     pub requests_foreground: u64,
     pub passthrough: bool,
     pub pid: u32,

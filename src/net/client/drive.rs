@@ -101,13 +101,13 @@ impl Driver {
         let (acked, current) = (cache.acked(), cache.current_stamp());
         // Any number does: clients differ in their incarnation, and attempts in their time.
         let seed = facts.incarnation() as u64 ^ u64::from(std::process::id());
-        let settings = Settings { age: options.age, timeout: options.timeout };
+        let settings = Settings { age: options.age, ..Settings::default() };
         let machine = Client::new(who, current, acked, settings, seed, now);
         Driver {
             shared,
             peer,
             machine,
-            timeout: options.timeout,
+            timeout: settings.timeout,
             notifier,
             event_loop,
             inbox,
@@ -204,6 +204,10 @@ impl Driver {
     fn on_told(&mut self, what: In, now: Instant) {
         match what {
             In::Want(want, waiter) => self.on_want(want, waiter, now),
+            In::Timeout(timeout) => {
+                self.timeout = timeout;
+                self.machine.set_timeout(timeout, now);
+            }
             In::ShipNow => {
                 self.look_at = Some(now);
                 self.look_at_journal(now);
