@@ -184,9 +184,10 @@ impl Running {
         };
         let opened = cache::open(place, &args.source, &volume)?;
         let (notify, kernel) = wire::notifier()?;
-        let (age, timeout, host) = (settings.age, settings.timeout, sys::daemon::host_name());
-        let options = client::Options { age, timeout, host };
+        let (age, host) = (settings.age, sys::daemon::host_name());
+        let options = client::Options { age, host };
         let handle = client::start(opened.cache.clone(), peer, options, notify)?;
+        handle.set_timeout(settings.timeout);
         wire::meet(&handle, &opened.cache, &args.source, settings.timeout)?;
         let filter = Arc::new(Filter {
             cache: opened.cache,

@@ -68,7 +68,7 @@ fn try_answer(
             (Status { object }.into(), vec![*fid])
         }
         Message::Read(read) => {
-            let piece = volume.read(read.fid, read.at, read.len, read.stamp)?;
+            let piece = volume.read(node, read.fid, read.at, read.len, read.stamp)?;
             let (at, size, token) = (read.at, piece.size, piece.token);
             (Data { at, bytes: piece.bytes, size, token }.into(), vec![read.fid])
         }

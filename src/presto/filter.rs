@@ -5,6 +5,7 @@
 //! record, which recovery checks against the tree. `here`, `dir_here` are the one place that
 //! decides whether a request can be answered locally.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -156,22 +157,42 @@ impl AsFd for Object {
     }
 }
 
+thread_local! {
+    /// the operation on this thread takes what is here, stale or not
+    static AS_IS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs an operation that takes what is here as it is: what it wanted was fetched, and has
+/// changed again meanwhile. That is as fresh as can be had.
+pub fn as_is<T>(op: impl FnOnce() -> T) -> T {
+    struct Fresh;
+    impl Drop for Fresh {
+        fn drop(&mut self) {
+            AS_IS.set(false); // also after a panic
+        }
+    }
+    let _fresh = Fresh;
+    AS_IS.set(true);
+    op()
+}
+
 impl Filter {
+    /// Whether what is here may be answered: no promise for it was broken, or there is no better.
+    pub fn valid(&self, meta: &Meta) -> bool {
+        self.cache.valid(meta) || AS_IS.get()
+    }
+
     /// The directory, with all its entries here.
     pub fn dir_here(&self, fid: Fid) -> Result<Arc<Dir>> {
         let dir = self.cache.tree.dir(fid)?;
         let meta = dir.meta();
-        if meta.complete && self.cache.valid(&meta) {
-            Ok(dir)
-        } else {
-            Err(Stop::Miss(Want::Dir(fid)))
-        }
+        if meta.complete && self.valid(&meta) { Ok(dir) } else { Err(Stop::Miss(Want::Dir(fid))) }
     }
 
     /// The object, with attributes that are current. Its last name may be gone while it is open.
     pub fn here(&self, fid: Fid) -> Result<Object> {
         let object = self.object(fid)?;
-        if object.is_nameless() || self.cache.valid(&object.meta) {
+        if object.is_nameless() || self.valid(&object.meta) {
             Ok(object)
         } else {
             Err(stale(object.stat.kind(), fid))
@@ -223,7 +244,7 @@ impl Filter {
     /// What stands at `name`, with current attributes; `ENOENT` when nothing does.
     pub fn entry_here(&self, dir: &Dir, name: &Name) -> Result<(Stat, Meta)> {
         let (stat, meta) = self.entry(dir, name)?.ok_or(Errno::NOENT)?;
-        if self.cache.valid(&meta) { Ok((stat, meta)) } else { Err(stale(stat.kind(), meta.fid)) }
+        if self.valid(&meta) { Ok((stat, meta)) } else { Err(stale(stat.kind(), meta.fid)) }
     }
 
     /// Appends a record, carries the change out, and settles the record. The caller holds the

@@ -27,7 +27,7 @@ use fuser::{
 };
 
 use super::attrs::{When, Wish};
-use super::filter::{Filter, Found, Result, Stop};
+use super::filter::{Filter, Found, Result, Stop, as_is};
 use super::open::Open;
 use crate::kml::record::{Fid, NAME_LEN_MAX, Time};
 use crate::sys::cred::Caller;
@@ -39,7 +39,9 @@ const KEEP: Duration = Duration::from_secs(365 * 86400);
 const NOT: Duration = Duration::ZERO;
 /// Fids are never used twice.
 const GENERATION: Generation = Generation(0);
-/// How often an operation is tried again before it is given up: each try fetched something.
+/// After so many fetches an operation takes what is here: it changes as fast as it comes.
+const FRESH_TRIES_MAX: u32 = 8;
+/// After so many it is given up.
 const TRIES_MAX: u32 = 64;
 /// Largest write request, bytes.
 const WRITE_LEN_MAX: u32 = 1 << 20;
@@ -195,7 +197,10 @@ where
     R: FnOnce(&Adapter, std::result::Result<T, Errno>) + Send + 'static,
 {
     fn run(mut self) {
-        let done = catch_unwind(AssertUnwindSafe(|| (self.op)(&self.adapter)));
+        let done = catch_unwind(AssertUnwindSafe(|| match self.tries {
+            ..FRESH_TRIES_MAX => (self.op)(&self.adapter),
+            _ => as_is(|| (self.op)(&self.adapter)),
+        }));
         let result = match done {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(Stop::Errno(e))) => Err(e),

@@ -75,7 +75,7 @@ impl Filter {
                     Err(Errno::NOENT) => return Ok(None),
                     Err(e) => return Err(e.into()),
                 };
-                let keep = self.cache.valid(&meta) && kind.is_none_or(|k| k == stat.kind());
+                let keep = self.valid(&meta) && kind.is_none_or(|k| k == stat.kind());
                 Found { keep, ..self.found(stat, &meta) }
             }
         };

@@ -311,8 +311,7 @@ impl Volume {
             }
             _ => Ok(()),
         }?;
-        let time = fs::SetTime::At(when.sec, when.nsec);
-        Ok(fs::utimes(&*dir, name.as_bytes(), time, time)?)
+        Ok(())
     }
 
     fn rename(
@@ -365,8 +364,10 @@ impl Volume {
             self.tree.set_meta_of(&file, &meta)?;
             fs::utimes_fd(&file, fs::SetTime::At(stat.atime.0, stat.atime.1), times.1)?;
             let spooled = Spool::name(origin.node, origin.seq);
+            // Contents are no change of the directory: its time stays.
+            let (sec, nsec) = fs::fstat(&*dir)?.mtime;
             fs::rename(&self.spool, &spooled, &*dir, name.as_bytes(), fs::RenameMode::Replace)?;
-            return Ok(());
+            return Ok(self.tree.touch(&dir, Time { sec, nsec })?);
         }
         let file = fs::open(&*dir, name.as_bytes(), fs::o::WRONLY | fs::o::NONBLOCK, 0)?;
         match content {

@@ -1,8 +1,8 @@
 //! Changing the tree: each operation on the backing files with its metadata, index and times.
 //!
 //! The same functions serve the filter at a client, reintegration at a server, and recovery. All
-//! of them set the modification time of the directories they touch to the record's time, so that
-//! every node ends with the same one. The caller holds the objects' locks. None is durable on
+//! of them set the times of what they make, and the modification time of the directories they
+//! touch, to the record's time, so that every node ends with the same ones. The caller holds the objects' locks. None is durable on
 //! return: the journal says what must be done again.
 
 use std::os::fd::OwnedFd;
@@ -56,6 +56,7 @@ impl Tree {
             return Err(e);
         }
         self.index.set(meta.fid, dir.fid, name);
+        fs::utimes_fd(&fd, at(when), at(when))?;
         self.touch(dir, when)?;
         Ok(fd)
     }
@@ -71,9 +72,7 @@ impl Tree {
     ) -> Result<Arc<Dir>> {
         as_caller(by, || fs::mkdir(dir, name.as_bytes(), mode))?;
         self.name_made(dir, name, meta, when)?;
-        let made = self.open_dir(dir, name)?;
-        self.touch(&made, when)?;
-        Ok(made)
+        self.open_dir(dir, name)
     }
 
     pub fn symlink(
@@ -114,6 +113,7 @@ impl Tree {
             return Err(e);
         }
         self.index.set(meta.fid, dir.fid, name);
+        fs::utimes(dir, name.as_bytes(), at(when), at(when))?;
         self.touch(dir, when)
     }
 

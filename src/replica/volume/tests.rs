@@ -147,11 +147,11 @@ fn an_existing_directory_is_served_as_it_is() {
     assert!(volume.list(sub, b"").unwrap().entries.is_empty());
     assert!(matches!(volume.list(b, b""), Err(VolumeError::Gone(_) | VolumeError::NotADir)));
     assert!(matches!(volume.stat(Fid(99999)), Err(VolumeError::Gone(_))));
-    let piece = volume.read(b, 1, 3, Stamp(0)).unwrap();
+    let piece = volume.read(1, b, 1, 3, Stamp(0)).unwrap();
     assert_eq!((&piece.bytes[..], piece.size), (&b"ell"[..], 5));
-    assert_eq!(volume.read(b, 5, 3, Stamp(0)).unwrap().bytes, b"");
-    assert!(matches!(volume.read(b, 0, 3, Stamp(9)), Err(VolumeError::Moved)));
-    assert!(matches!(volume.read(sub, 0, 3, Stamp(0)), Err(VolumeError::NotAFile)));
+    assert_eq!(volume.read(1, b, 5, 3, Stamp(0)).unwrap().bytes, b"");
+    assert!(matches!(volume.read(1, b, 0, 3, Stamp(9)), Err(VolumeError::Moved)));
+    assert!(matches!(volume.read(1, sub, 0, 3, Stamp(0)), Err(VolumeError::NotAFile)));
 }
 
 #[test]
