@@ -225,7 +225,7 @@ pub(super) fn set_attributes(
     if kind != Kind::Symlink {
         // After the owner, whose change takes set-id bits away, and after the access list.
         let now = if name.is_empty() { fs::fstat(dir)? } else { fs::stat(dir, name)? };
-        let mode = if cred::is_root() { attr.mode } else { attr.mode | owner_bits(kind) };
+        let mode = attr.mode;
         if now.mode & 0o7777 != mode & 0o7777 {
             if name.is_empty() {
                 fs::chmod_fd(dir, mode)?;
@@ -244,14 +244,6 @@ pub(super) fn set_attributes(
         fs::utimes(dir, name, atime, mtime)?;
     }
     Ok(())
-}
-
-/// Without root the cache must stay usable for its owner, whatever the mode at the server.
-fn owner_bits(kind: Kind) -> u32 {
-    match kind {
-        Kind::Dir => 0o700,
-        _ => 0o600,
-    }
 }
 
 fn set_xattrs(

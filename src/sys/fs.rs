@@ -113,10 +113,46 @@ pub fn open_root(path: &Path) -> Result<OwnedFd> {
     rustix::fs::open(path, oflags(o::DIRECTORY), Mode::empty())
 }
 
+/// Without root, permissions bind us to our own files as well: a file of mode 0444 takes no
+/// attribute, one of mode 0 is not even listed. The kernel has checked what applications may; so
+/// where a call on an object of ours is refused, the owner's bits of its directory, and then its
+/// own, are set while the call is made again, and put back after it.
+fn insist<T>(dir: BorrowedFd<'_>, name: &[u8], call: impl Fn() -> Result<T>) -> Result<T> {
+    match call() {
+        Err(Errno::ACCESS) if !super::cred::is_root() => {}
+        result => return result,
+    }
+    opened_up(dir, b"", || match call() {
+        Err(Errno::ACCESS) if !name.is_empty() => opened_up(dir, name, &call),
+        result => result,
+    })
+}
+
+fn opened_up<T>(dir: BorrowedFd<'_>, name: &[u8], call: impl Fn() -> Result<T>) -> Result<T> {
+    let flags = if name.is_empty() { AtFlags::EMPTY_PATH } else { AtFlags::empty() };
+    let Ok(stat) = of_statx(dir, name, flags) else { return call() };
+    let bits = if stat.kind() == Kind::Dir { 0o700 } else { 0o600 };
+    let ours = stat.uid == super::cred::own().0 && stat.kind() != Kind::Symlink;
+    if !ours || stat.mode & bits == bits {
+        return call();
+    }
+    let object = match name {
+        b"" => rustix::fs::openat(dir, ".", oflags(o::PATH), Mode::empty()).or_else(|_| {
+            // not searchable: by its descriptor
+            rustix::io::dup(dir)
+        })?,
+        _ => rustix::fs::openat(dir, name, oflags(o::PATH | o::NOFOLLOW), Mode::empty())?,
+    };
+    chmod_fd(&object, stat.mode | bits)?;
+    let result = call();
+    chmod_fd(&object, stat.mode)?;
+    result
+}
+
 /// Opens or creates `name` in `dir`; a symbolic link there is an error (`ELOOP`).
 pub fn open(dir: impl AsFd, name: &[u8], flags: i32, mode: u32) -> Result<OwnedFd> {
     let mode = Mode::from_bits_retain(mode & 0o7777);
-    rustix::fs::openat(dir, name, oflags(flags | o::NOFOLLOW), mode)
+    insist(dir.as_fd(), name, || rustix::fs::openat(&dir, name, oflags(flags | o::NOFOLLOW), mode))
 }
 
 /// Opens a path of several names below `dir`; neither links nor `..` lead out of it.
@@ -162,7 +198,7 @@ fn of_statx(dir: BorrowedFd<'_>, name: &[u8], flags: AtFlags) -> Result<Stat> {
 }
 
 pub fn stat(dir: impl AsFd, name: &[u8]) -> Result<Stat> {
-    of_statx(dir.as_fd(), name, AtFlags::empty())
+    insist(dir.as_fd(), b"", || of_statx(dir.as_fd(), name, AtFlags::empty()))
 }
 
 pub fn fstat(fd: impl AsFd) -> Result<Stat> {
@@ -170,21 +206,26 @@ pub fn fstat(fd: impl AsFd) -> Result<Stat> {
 }
 
 pub fn mkdir(dir: impl AsFd, name: &[u8], mode: u32) -> Result<()> {
-    rustix::fs::mkdirat(dir, name, Mode::from_bits_retain(mode & 0o7777))
+    let mode = Mode::from_bits_retain(mode & 0o7777);
+    insist(dir.as_fd(), b"", || rustix::fs::mkdirat(&dir, name, mode))
 }
 
 /// `mode` with its file type bits.
 pub fn mknod(dir: impl AsFd, name: &[u8], mode: u32, rdev: u64) -> Result<()> {
     let kind = FileType::from_raw_mode(mode);
-    rustix::fs::mknodat(dir, name, kind, Mode::from_bits_retain(mode & 0o7777), rdev)
+    let mode = Mode::from_bits_retain(mode & 0o7777);
+    insist(dir.as_fd(), b"", || rustix::fs::mknodat(&dir, name, kind, mode, rdev))
 }
 
 pub fn symlink(target: &[u8], dir: impl AsFd, name: &[u8]) -> Result<()> {
-    rustix::fs::symlinkat(target, dir, name)
+    insist(dir.as_fd(), b"", || rustix::fs::symlinkat(target, &dir, name))
 }
 
 pub fn link(from: impl AsFd, old: &[u8], to: impl AsFd, new: &[u8]) -> Result<()> {
-    rustix::fs::linkat(from, old, to, new, AtFlags::empty())
+    insist(from.as_fd(), old, || {
+        let link = || rustix::fs::linkat(&from, old, &to, new, AtFlags::empty());
+        insist(to.as_fd(), b"", link)
+    })
 }
 
 /// Gives the open file `fd` a (further) name.
@@ -213,19 +254,23 @@ pub fn rename(
         RenameMode::NoReplace => RenameFlags::NOREPLACE,
         RenameMode::Exchange => RenameFlags::EXCHANGE,
     };
-    rustix::fs::renameat_with(from, old, to, new, flags)
+    // A directory that moves to another one gets a new `..`: it must be writable itself.
+    insist(from.as_fd(), old, || {
+        insist(to.as_fd(), new, || rustix::fs::renameat_with(&from, old, &to, new, flags))
+    })
 }
 
 pub fn unlink(dir: impl AsFd, name: &[u8]) -> Result<()> {
-    rustix::fs::unlinkat(dir, name, AtFlags::empty())
+    insist(dir.as_fd(), b"", || rustix::fs::unlinkat(&dir, name, AtFlags::empty()))
 }
 
 pub fn rmdir(dir: impl AsFd, name: &[u8]) -> Result<()> {
-    rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR)
+    insist(dir.as_fd(), b"", || rustix::fs::unlinkat(&dir, name, AtFlags::REMOVEDIR))
 }
 
 pub fn readlink(dir: impl AsFd, name: &[u8]) -> Result<Vec<u8>> {
-    Ok(rustix::fs::readlinkat(dir, name, Vec::new())?.into_bytes())
+    let read = || rustix::fs::readlinkat(&dir, name, Vec::new());
+    Ok(insist(dir.as_fd(), b"", read)?.into_bytes())
 }
 
 /// Changes permission bits without following a link; an error for a symbolic link itself.
@@ -246,7 +291,8 @@ pub fn chown(dir: impl AsFd, name: &[u8], uid: Option<u32>, gid: Option<u32>) ->
 
 pub fn utimes(dir: impl AsFd, name: &[u8], atime: SetTime, mtime: SetTime) -> Result<()> {
     let times = Timestamps { last_access: atime.spec(), last_modification: mtime.spec() };
-    rustix::fs::utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW)
+    let set = || rustix::fs::utimensat(&dir, name, &times, AtFlags::SYMLINK_NOFOLLOW);
+    insist(dir.as_fd(), b"", set)
 }
 
 pub fn utimes_fd(fd: impl AsFd, atime: SetTime, mtime: SetTime) -> Result<()> {
@@ -318,9 +364,14 @@ pub struct DirEntry {
     pub kind: Option<Kind>,
 }
 
+/// The directory once more, with an offset of its own.
+fn open_again(dir: BorrowedFd<'_>) -> Result<OwnedFd> {
+    insist(dir, b"", || rustix::fs::openat(dir, ".", oflags(o::DIRECTORY), Mode::empty()))
+}
+
 /// All entries, in the file system's order. Opens the directory anew: no shared offset.
 pub fn read_dir(dir: impl AsFd) -> Result<Vec<DirEntry>> {
-    let fd = rustix::fs::openat(dir, ".", oflags(o::DIRECTORY), Mode::empty())?;
+    let fd = open_again(dir.as_fd())?;
     let mut buffer = vec![MaybeUninit::uninit(); 32 << 10];
     let mut raw = RawDir::new(fd, &mut buffer);
     let mut entries = Vec::new();
@@ -348,7 +399,7 @@ pub fn list_from(
     offset: i64,
     mut take: impl FnMut(&[u8], Option<Kind>, i64) -> bool,
 ) -> Result<()> {
-    let fd = rustix::fs::openat(dir, ".", oflags(o::DIRECTORY), Mode::empty())?;
+    let fd = open_again(dir.as_fd())?;
     if offset != 0 {
         rustix::fs::seek(&fd, rustix::fs::SeekFrom::Start(offset as u64))?;
     }
@@ -398,41 +449,45 @@ pub mod xattr {
 
     /// `None` when there is no such attribute.
     pub fn get(dir: impl AsFd, name: &[u8], key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let mut value = vec![0u8; 256];
-        loop {
-            let got = if name.is_empty() {
-                rustix::fs::fgetxattr(&dir, key, &mut value[..])
+        let get = |mut value: Vec<u8>| {
+            let len = if name.is_empty() {
+                rustix::fs::fgetxattr(&dir, key, &mut value[..])?
             } else {
-                rustix::fs::lgetxattr(&*self_path(dir.as_fd(), name), key, &mut value[..])
+                rustix::fs::lgetxattr(&*self_path(dir.as_fd(), name), key, &mut value[..])?
             };
-            match got {
-                Ok(len) => {
-                    value.truncate(len);
-                    return Ok(Some(value));
-                }
-                Err(Errno::RANGE) if value.len() < 65536 => value.resize(65536, 0),
-                Err(Errno::NODATA) => return Ok(None),
-                Err(e) => return Err(e),
-            }
+            value.truncate(len);
+            Ok(value)
+        };
+        let got = match insist(dir.as_fd(), name, || get(vec![0u8; 256])) {
+            Err(Errno::RANGE) => insist(dir.as_fd(), name, || get(vec![0u8; 65536])),
+            got => got,
+        };
+        match got {
+            Err(Errno::NODATA) => Ok(None),
+            got => got.map(Some),
         }
     }
 
     /// `flags`: 0, XATTR_CREATE (1) or XATTR_REPLACE (2).
     pub fn set(dir: impl AsFd, name: &[u8], key: &[u8], value: &[u8], flags: u32) -> Result<()> {
         let flags = XattrFlags::from_bits_retain(flags);
-        if name.is_empty() {
-            rustix::fs::fsetxattr(dir, key, value, flags)
-        } else {
-            rustix::fs::lsetxattr(&*self_path(dir.as_fd(), name), key, value, flags)
-        }
+        insist(dir.as_fd(), name, || {
+            if name.is_empty() {
+                rustix::fs::fsetxattr(&dir, key, value, flags)
+            } else {
+                rustix::fs::lsetxattr(&*self_path(dir.as_fd(), name), key, value, flags)
+            }
+        })
     }
 
     pub fn remove(dir: impl AsFd, name: &[u8], key: &[u8]) -> Result<()> {
-        if name.is_empty() {
-            rustix::fs::fremovexattr(dir, key)
-        } else {
-            rustix::fs::lremovexattr(&*self_path(dir.as_fd(), name), key)
-        }
+        insist(dir.as_fd(), name, || {
+            if name.is_empty() {
+                rustix::fs::fremovexattr(&dir, key)
+            } else {
+                rustix::fs::lremovexattr(&*self_path(dir.as_fd(), name), key)
+            }
+        })
     }
 
     /// All keys, in the file system's order.
