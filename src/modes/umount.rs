@@ -13,7 +13,7 @@ use anyhow::Context;
 use super::{Exit, Failure, fail, place, ship};
 use crate::cli::UmountArgs;
 use crate::net::control::{self, ControlError};
-use crate::sys::mount::{UmountError, umount};
+use crate::sys::mount::{UmountError, probe, umount};
 
 /// How long the process may take to end after the mount is gone.
 const END_TIME_MAX: Duration = Duration::from_secs(10);
@@ -73,12 +73,12 @@ fn take_away(path: &Path, lazy: bool) -> anyhow::Result<()> {
     }
 }
 
-/// Whether every operation on the mount fails with ENOTCONN. The thread that looks stays behind if
-/// the mount hangs.
+/// Whether every operation on the mount fails with ENOTCONN. Asks for the free room, since the
+/// kernel answers a stat from what it knows. The thread that looks stays behind if the mount hangs.
 fn is_dead(mount: &Path) -> bool {
     let (tell, told) = mpsc::channel();
     let mount = mount.to_owned();
-    std::thread::spawn(move || tell.send(std::fs::metadata(mount).map(drop)));
+    std::thread::spawn(move || tell.send(probe(&mount)));
     let looked = told.recv_timeout(PROBE_TIME_MAX);
     matches!(looked, Ok(Err(e)) if e.kind() == std::io::ErrorKind::NotConnected)
 }

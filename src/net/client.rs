@@ -330,13 +330,17 @@ impl Handle {
         space.0
     }
 
-    /// Waits until the cache has caught up with the server for the first time.
+    /// Waits until the cache has caught up with the server for the first time; if it is that of a
+    /// known volume, at most until an attempt has failed.
     ///
     /// # Errors
     /// See [`FirstContact`]. Attempts go on: a cache that is known can be used meanwhile.
     pub fn first_contact(&self, timeout: Duration) -> Result<(), FirstContact> {
         let facts = self.0.facts();
-        let waiting = |facts: &mut Facts| facts.contact.is_none();
+        // What is in a cache need not wait for a second attempt.
+        let known = self.0.cache.state.facts().volume_id() != 0;
+        let waiting =
+            |facts: &mut Facts| facts.contact.is_none() && !(known && facts.last_error.is_some());
         let (facts, _) = self
             .0
             .changed

@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use super::filter::{Filter, Result, Spot, Stop, missing};
 use super::open::{Closed, Mark, Open, Way, open_backing};
 use crate::kml::record::{Fid, Op, Range, Time};
+use crate::replica::hydrate::CAPABILITY;
 use crate::sys::Errno;
 use crate::sys::cred::Caller;
 use crate::sys::fs::{self, Kind, o};
@@ -106,7 +107,13 @@ impl Filter {
         let op = Op::Store { fid, base, size, mtime, ranges, old_size };
         let path = self.cache.tree.path_by_fid(fid);
         let by = Caller { uid: stat.uid, gid: stat.gid, umask: 0 };
-        self.change(by, path, op, |_| Ok(()))?;
+        self.change(by, path.clone(), op, |_| Ok(()))?;
+        // New data end a file's capabilities wherever they are written: these were set after it.
+        let name = CAPABILITY.to_vec();
+        if let Some(value) = fs::xattr::get(&open.fd, b"", CAPABILITY).unwrap_or_default() {
+            let op = Op::Setxattr { fid, base, name, old: Some(value.clone()), value };
+            self.change(by, path, op, |_| Ok(()))?;
+        }
         state.stored = mark;
         if let Some(ranges) = &mut state.dirty {
             ranges.clear();

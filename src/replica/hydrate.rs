@@ -17,7 +17,7 @@ use crate::sys::fs::{self, Kind, SetTime, Stat, o};
 use crate::sys::{Errno, cred};
 
 /// Writing to a file takes this attribute away, whoever writes.
-const CAPABILITY: &[u8] = b"security.capability";
+pub const CAPABILITY: &[u8] = b"security.capability";
 
 /// One object as the server has it.
 #[derive(Clone, PartialEq, Debug)]

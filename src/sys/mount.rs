@@ -49,6 +49,15 @@ pub fn type_of(path: &Path) -> Option<String> {
     found.map(|(_, fs_type)| fs_type)
 }
 
+/// Asks the file system at `path` itself, for its free room: a stat may be answered by the kernel
+/// from what it knows of a mount whose process is dead. This may hang with the mount.
+///
+/// # Errors
+/// ENOTCONN is that of a dead mount.
+pub fn probe(path: &Path) -> io::Result<()> {
+    Ok(rustix::fs::statvfs(path).map(drop)?)
+}
+
 /// `\040` and the like become the bytes that they stand for.
 fn unescape(text: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(text.len());

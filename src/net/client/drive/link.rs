@@ -137,6 +137,7 @@ impl Driver {
     pub(super) fn note_error(&self, what: &str) {
         log::warn!("{}: {what}", self.shared.server);
         self.shared.facts().last_error = Some(what.to_owned());
+        self.shared.changed.notify_all();
     }
 
     pub(super) fn on_welcomed(&mut self, node: u32, volume_id: [u8; 16], volume: String) {
