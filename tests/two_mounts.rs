@@ -75,7 +75,7 @@ fn prepare(root: &Path) {
     for file in ["file", "dir/file", "dir/below/file", "twin"] {
         fs::write(root.join(file), format!("this is {file}")).unwrap();
     }
-    fs::write(root.join("large"), vec![7; 3 << 20]).unwrap();
+    fs::write(root.join("large"), vec![7; (1 << 20) + (1 << 19)]).unwrap();
     symlink("file", root.join("soft")).unwrap();
     fs::hard_link(root.join("file"), root.join("hard")).unwrap();
     set_xattr(&root.join("file"), "user.old", b"old");
@@ -141,7 +141,7 @@ const CHANGES: [Change; 30] = [
 /// Every change in one mount is in the other as soon as `imz sync` is back, in both directions.
 #[test]
 fn every_change_is_seen_by_the_other() {
-    let Some(disk) = Disk::new(512) else { return };
+    let Some(disk) = Disk::new(1024) else { return };
     let server = Server::start(&disk);
     let a = Mount::start(&server, &disk, "cache-a");
     let b = Mount::start(&server, &disk, "cache-b");
