@@ -125,6 +125,10 @@ pub enum Effect {
         code: Code,
         what: String,
     },
+    /// the server does not take changes at the moment; they are offered again
+    NotTaken {
+        what: String,
+    },
     /// `first`: forget what an earlier attempt at this listing saw. Names and objects whose newest
     /// own record is after `mark` stay as they are
     MergePage {
@@ -526,10 +530,11 @@ impl Client {
             (Ask::Space, Message::Failed(_)) => {}
             (Ask::Batch, Message::Acked(m)) => self.on_acked(id, m, now),
             (Ask::Batch, Message::Failed(m)) => {
-                log::warn!("the server does not take changes: {} ({:?})", m.what, m.code);
                 if m.code == Code::Gap {
                     return self.close("the server misses records", now);
                 }
+                let what = format!("the server does not take changes: {} ({:?})", m.what, m.code);
+                self.line.effect(Effect::NotTaken { what });
                 self.shipper.on_failed(&mut self.line, now);
             }
             (Ask::List { .. } | Ask::Stat { .. } | Ask::Piece { .. }, message) => {

@@ -188,7 +188,7 @@ impl Running {
         let options = client::Options { age, host };
         let handle = client::start(opened.cache.clone(), peer, options, notify)?;
         handle.set_timeout(settings.timeout);
-        wire::meet(&handle, &opened.cache, &args.source, settings.timeout)?;
+        wire::meet(&handle, (place, &opened.cache), &args.source, settings.timeout)?;
         let filter = Arc::new(Filter {
             cache: opened.cache,
             lento: Arc::new(wire::Way(handle.clone())),

@@ -66,6 +66,11 @@ pub fn open(dir: &Path, source: &Source, volume: &str) -> anyhow::Result<Opened>
         }
         e => e.into(),
     })?;
+    if state.facts().volume_id() == 0 {
+        // what it was made for answered never: it may be another's
+        state
+            .edit(|facts| (facts.volume, facts.source) = (volume.to_owned(), source.to_string()))?;
+    }
     let facts = state.facts();
     let kml = own.join("kml");
     std::fs::create_dir_all(&kml).with_context(|| kml.display().to_string())?;

@@ -121,7 +121,7 @@ fn forget_each(kernel: &Kernel, cache: &Cache, dir: crate::kml::record::Fid) {
 /// The first word with the server. A cache that knows its volume can be mounted without it.
 pub fn meet(
     handle: &Handle,
-    cache: &Cache,
+    (place, cache): (&Path, &Cache),
     source: &Source,
     timeout: Duration,
 ) -> anyhow::Result<()> {
@@ -142,6 +142,7 @@ pub fn meet(
         return Ok(());
     }
     let hint = match exit {
+        Exit::Refused if known => &*format!("; {} is that of {}", place.display(), facts.source),
         Exit::Unreachable => "; nothing is cached yet, so start imz serve there first",
         Exit::NotFound => "; imz serve says the names of its volumes when it starts",
         _ => "",

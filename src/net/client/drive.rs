@@ -278,6 +278,7 @@ impl Driver {
                 self.on_welcomed(node, volume_id, volume);
             }
             Effect::Refused { code, what } => self.on_refused(code, what),
+            Effect::NotTaken { what } => self.note_error(&what),
             Effect::MergePage { .. }
             | Effect::FinishListing { .. }
             | Effect::SetObject { .. }
@@ -397,6 +398,7 @@ impl Driver {
 
     fn on_acked(&mut self, upto: Seq, stamps: &[Stamped], conflicts: &[Fid], now: Instant) {
         let stamps: Vec<(Fid, Stamp)> = stamps.iter().map(|s| (s.fid, s.stamp)).collect();
+        self.shared.facts().last_error = None;
         let (notices, marked) = hydrate::acked(&self.cache, &stamps, conflicts);
         if let Err(e) = marked {
             self.note_error(&format!("new stamps cannot be noted: {e}"));
