@@ -39,8 +39,9 @@ const POLL_TIME: Duration = Duration::from_millis(5);
 /// Lines of a process's messages that a failure shows.
 const SHOWN_LINES_MAX: usize = 60;
 
-pub fn imz() -> &'static str {
-    env!("CARGO_BIN_EXE_imz")
+/// The program under test; `IMZ` names a copy of it.
+pub fn imz() -> String {
+    std::env::var("IMZ").unwrap_or_else(|_| env!("CARGO_BIN_EXE_imz").to_owned())
 }
 
 /// Polls until it holds; fails the test after `seconds`.
@@ -393,14 +394,20 @@ impl Mount {
     /// `options` as for `-o`; empty for none.
     #[track_caller]
     pub fn with(source: impl Into<OsString>, cache: &Path, options: &str) -> Mount {
-        let mut mount = Mount {
-            point: mount_point(),
-            cache: cache.to_owned(),
-            source: source.into(),
-            options: options.to_owned(),
-            process: Process::new(),
-            alive: None,
-        };
+        Mount::new(source.into(), cache, mount_point(), options)
+    }
+
+    /// Mounts on a directory of the caller's.
+    #[track_caller]
+    pub fn at_point(source: impl Into<OsString>, cache: &Path, point: &Path) -> Mount {
+        Mount::new(source.into(), cache, point.to_owned(), "")
+    }
+
+    #[track_caller]
+    fn new(source: OsString, cache: &Path, point: PathBuf, options: &str) -> Mount {
+        let (cache, options) = (cache.to_owned(), options.to_owned());
+        let process = Process::new();
+        let mut mount = Mount { point, cache, source, options, process, alive: None };
         mount.again();
         mount
     }
