@@ -91,6 +91,9 @@ impl Filter {
         }
         tree.setattr(object, object.at(), new)?;
         let stat = object.stat_again()?;
+        if new.size.is_some() {
+            self.cache.note_held(stat.blocks * 512, object.stat.blocks * 512);
+        }
         // The record of the attributes says it all, also that of a size.
         if let Spot::Open(open) = &object.spot {
             open.attributes_changed(&object.stat, &stat);

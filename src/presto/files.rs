@@ -41,10 +41,11 @@ impl Filter {
             // Whoever had it open has closed it meanwhile: then it is looked up again.
             let Spot::Entry(dir, name) = &object.spot else { return Err(Errno::STALE.into()) };
             let (fd, writable) = open_backing(&**dir, name.as_bytes())?;
-            let mark = Mark::of(&fs::fstat(&fd)?);
+            let stat = fs::fstat(&fd)?;
+            let (mark, blocks) = (Mark::of(&stat), stat.blocks);
             let able = self.passthrough.load(Ordering::Relaxed);
             let passthrough = able && complete && writable;
-            Ok(Way { fd, passthrough, writable, mark })
+            Ok(Way { fd, passthrough, writable, mark, blocks })
         };
         let open = self.open_handle(fid, writer, way)?;
         if writer && !open.writable {
@@ -115,6 +116,8 @@ impl Filter {
             self.change(by, path, op, |_| Ok(()))?;
         }
         state.stored = mark;
+        self.cache.note_held(stat.blocks * 512, state.held_blocks * 512);
+        state.held_blocks = stat.blocks;
         if let Some(ranges) = &mut state.dirty {
             ranges.clear();
         }
@@ -207,8 +210,8 @@ impl Filter {
             let stat = fs::fstat(&fd)?;
             let meta = self.cache.tree.meta_of(&fd)?.ok_or(Errno::STALE)?;
             let mark = Mark::of(&fs::Stat::default());
-            let (passthrough, writable) = (meta.complete, false);
-            let way = || Ok::<_, Stop>(Way { fd, passthrough, writable, mark });
+            let (passthrough, writable, blocks) = (meta.complete, false, stat.blocks);
+            let way = || Ok::<_, Stop>(Way { fd, passthrough, writable, mark, blocks });
             let open = self.files.open(*fid, false, way)?;
             // Of a file that is not all here, whatever is here may have been written.
             for range in meta.present(stat.size) {

@@ -99,9 +99,9 @@ impl Filter {
         self.change(by, path, op, |when| {
             let fd = self.cache.tree.create(&dir, &name, by, mode, &meta, when)?;
             let stat = fs::fstat(&fd)?;
-            let mark = Mark::of(&stat);
+            let (mark, blocks) = (Mark::of(&stat), stat.blocks);
             let passthrough = self.passthrough.load(Ordering::Relaxed);
-            let way = || Ok(Way { fd, passthrough, writable: true, mark });
+            let way = || Ok(Way { fd, passthrough, writable: true, mark, blocks });
             let open = self.open_handle(meta.fid, writer, way)?;
             Ok((self.found(stat, &meta), open))
         })
@@ -209,7 +209,9 @@ impl Filter {
             if meta.nlink > 1 && stat.nlink > 1 {
                 self.count_names(&dir, &name, -1)?;
             }
-            Ok(self.cache.tree.unlink(&dir, &name, meta.fid, when)?)
+            self.cache.tree.unlink(&dir, &name, meta.fid, when)?;
+            self.note_gone(&stat);
+            Ok(())
         })
     }
 
@@ -282,8 +284,19 @@ impl Filter {
                 self.count_names(&new_dir, &new, -1)?;
             }
             let (from, to) = ((&*old_dir, &old), (&*new_dir, &new));
-            Ok(self.cache.tree.rename(from, to, fid, other, mode, when)?)
+            self.cache.tree.rename(from, to, fid, other, mode, when)?;
+            if let (RenameMode::Replace, Some((stat, _))) = (mode, &there) {
+                self.note_gone(stat);
+            }
+            Ok(())
         })
+    }
+
+    /// A name went: with the last one the room is free again.
+    fn note_gone(&self, before: &Stat) {
+        if before.nlink == 1 && before.kind() == Kind::File {
+            self.cache.note_held(0, before.blocks * 512);
+        }
     }
 
     pub fn readlink(&self, fid: Fid) -> Result<Vec<u8>> {

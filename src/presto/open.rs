@@ -32,6 +32,8 @@ pub struct OpenState {
     pub slot: Option<Slot>,
     /// the file as the last store record had it
     pub stored: Mark,
+    /// room that it took then, in blocks of 512 bytes
+    pub held_blocks: u64,
     /// what was written through the daemon since then; all of the file when `None`
     pub dirty: Option<Vec<Range>>,
 }
@@ -97,6 +99,8 @@ pub struct Way {
     pub passthrough: bool,
     pub writable: bool,
     pub mark: Mark,
+    /// of 512 bytes
+    pub blocks: u64,
 }
 
 #[derive(Default)]
@@ -120,8 +124,8 @@ impl OpenFiles {
             None => {
                 let way = way()?;
                 let dirty = if way.passthrough { None } else { Some(Vec::new()) };
-                let (slot, stored) = (None, way.mark);
-                let state = OpenState { handles: 0, writers: 0, slot, stored, dirty };
+                let (slot, stored, held_blocks) = (None, way.mark, way.blocks);
+                let state = OpenState { handles: 0, writers: 0, slot, stored, held_blocks, dirty };
                 let open = Arc::new(Open {
                     fid,
                     fd: way.fd,

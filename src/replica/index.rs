@@ -7,6 +7,7 @@
 //! special files without root) have their metadata in a second table here.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -125,13 +126,9 @@ impl Index {
     }
 
     fn edit(&self, fid: Fid, change: impl FnOnce(&mut Vec<At>)) -> Result<(), IndexError> {
-        let mut fresh = self.fresh();
-        if !fresh.names.contains_key(&fid) {
-            let stored = self.stored(fid)?;
-            fresh.names.insert(fid, stored);
-        }
-        if let Some(at) = fresh.names.get_mut(&fid) {
-            change(at);
+        match self.fresh().names.entry(fid) {
+            Entry::Occupied(mut at) => change(at.get_mut()),
+            Entry::Vacant(place) => change(place.insert(self.stored(fid)?)),
         }
         Ok(())
     }
