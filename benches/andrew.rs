@@ -1,0 +1,404 @@
+//! An Andrew-style benchmark: a real source tree in a mount, and in the bare file system below.
+//!
+//!   cargo bench --bench andrew -- SOURCE_TREE [--rounds N] [--dir WHERE] [--json]
+//!
+//! As root, each side gets an ext4 image of its own in /dev/shm (or in WHERE, on any disk);
+//! otherwise both work in WHERE. Server and mount are processes of the release binary. The two
+//! sides do each phase in turn, several rounds, first one and then the other: what disturbs the
+//! machine disturbs both. Shipping goes on meanwhile, as in life; only before `remove` and between
+//! rounds is it awaited, outside the timing. Everything made is removed at the end.
+//!
+//! The source of the idea: Howard et al., "Scale and performance in a distributed file system",
+//! 1988, and InterMezzo's own tables.
+
+#![allow(clippy::unwrap_used)] // a failure ends the run, and says where
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+const PHASES: [&str; 11] = [
+    "make directories",
+    "copy",
+    "scan (cold)",
+    "scan (warm)",
+    "read all",
+    "compile",
+    "remove",
+    "read 1 MiB cached",
+    "overwrite 1 MiB",
+    "overwrite 4 KiB",
+    "append 200 bytes",
+];
+const PROGRAM_FILES: usize = 40;
+/// Length of the file of the small phases, and how often it is gone through.
+const FILE_LEN: usize = 64 << 20;
+const SMALL_COUNT: usize = 200_000;
+
+struct Args {
+    tree: PathBuf,
+    rounds: usize,
+    dir: Option<PathBuf>,
+    json: bool,
+}
+
+fn main() {
+    let Some(args) = arguments() else {
+        // cargo bench and cargo test run every bench; without a tree there is nothing to do
+        eprintln!(
+            "andrew: cargo bench --bench andrew -- SOURCE_TREE [--rounds N] [--dir WHERE] [--json]"
+        );
+        return;
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, stop.clone()).unwrap();
+    }
+    let work = Work::new(&args, stop);
+    let mut times: Vec<[Vec<f64>; 2]> = vec![Default::default(); PHASES.len()];
+    for round in 0..args.rounds {
+        if !args.json {
+            eprintln!("round {} of {}", round + 1, args.rounds);
+        }
+        for (i, phase) in PHASES.iter().enumerate() {
+            // the order changes, so that neither side always comes second
+            let order = if (round + i) % 2 == 0 { [0, 1] } else { [1, 0] };
+            for side in order {
+                if work.stop.load(Ordering::Relaxed) {
+                    eprintln!("andrew: interrupted");
+                    return;
+                }
+                if *phase == "remove" && side == 1 {
+                    work.sync();
+                }
+                times[i][side].push(work.measure(phase, side));
+            }
+        }
+        work.sync();
+    }
+    report(&args, &times);
+}
+
+fn arguments() -> Option<Args> {
+    let mut args = Args { tree: PathBuf::new(), rounds: 5, dir: None, json: false };
+    let mut words = std::env::args_os().skip(1);
+    while let Some(word) = words.next() {
+        match word.to_str() {
+            Some("--bench" | "--test") => {}
+            Some("--json") => args.json = true,
+            Some("--rounds") => args.rounds = words.next()?.to_str()?.parse().ok()?,
+            Some("--dir") => args.dir = Some(words.next()?.into()),
+            Some(word) if word.starts_with('-') => return None,
+            _ => args.tree = word.into(),
+        }
+    }
+    (args.tree.is_dir() && args.rounds > 0).then_some(args)
+}
+
+// ---- the two sides ---------------------------------------------------------------------------
+
+/// Both sides: 0 is the bare file system, 1 the mount. Taken away on drop.
+struct Work {
+    tree: PathBuf,
+    stop: Arc<AtomicBool>,
+    roots: [PathBuf; 2],
+    server: Child,
+    mount: Child,
+    point: PathBuf,
+    images: Vec<PathBuf>,
+    base: PathBuf,
+    is_root: bool,
+}
+
+fn imz() -> &'static str {
+    env!("CARGO_BIN_EXE_imz")
+}
+
+impl Work {
+    fn new(args: &Args, stop: Arc<AtomicBool>) -> Work {
+        let is_root = rustix::process::geteuid().is_root();
+        let memory = Path::new("/dev/shm");
+        let default =
+            if is_root && memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+        let holder = args.dir.clone().unwrap_or(default);
+        let base =
+            tempfile::Builder::new().prefix("imz-andrew-").tempdir_in(holder).unwrap().keep();
+        let (mut images, mut disks) = (Vec::new(), Vec::new());
+        for name in ["bare", "cache", "server"] {
+            let disk = base.join(name);
+            fs::create_dir(&disk).unwrap();
+            if is_root {
+                images.push(disk.clone());
+                make_disk(&base.join(format!("{name}.img")), &disk);
+            }
+            disks.push(disk);
+        }
+        let (served, state) = (disks[2].join("served"), disks[2].join("state"));
+        let (cache, point) = (disks[1].join("cache"), base.join("mount"));
+        for dir in [&served, &state, &cache, &point] {
+            fs::create_dir(dir).unwrap();
+        }
+        let (server, port) = start_server(&served, &state, &base.join("server.log"));
+        let mount = Command::new(imz())
+            .args(["mount", "-f", &format!("127.0.0.1:{port}:/andrew")])
+            .arg(&point)
+            .arg("--cache")
+            .arg(&cache)
+            .stderr(File::create(base.join("mount.log")).unwrap())
+            .spawn()
+            .unwrap();
+        let (bare, tree) = (disks[0].join("work"), args.tree.canonicalize().unwrap());
+        let roots = [bare, point.join("work")];
+        let work = Work { tree, stop, roots, server, mount, point, images, base, is_root };
+        let up = || Command::new(imz()).arg("status").arg(&work.point).output().unwrap().status;
+        wait(|| up().success());
+        work
+    }
+
+    fn sync(&self) {
+        run(Command::new(imz()).arg("sync").arg(&self.point).stderr(Stdio::null()));
+    }
+
+    /// Seconds that one phase took on one side.
+    fn measure(&self, phase: &str, side: usize) -> f64 {
+        let root = &self.roots[side];
+        match phase {
+            "make directories" => timed(|| self.make_directories(root)),
+            "copy" => {
+                let (from, to) = (self.tree.join("."), root.join("copy"));
+                timed(|| run(Command::new("cp").arg("-a").arg(from).arg(to)))
+            }
+            "scan (cold)" => {
+                forget();
+                timed(|| scan(root))
+            }
+            "scan (warm)" => timed(|| scan(root)),
+            "read all" => timed(|| {
+                let script = "find \"$0\" -type f -print0 | xargs -0 cat > /dev/null";
+                run(Command::new("sh").args(["-c", script]).arg(root));
+            }),
+            "compile" => {
+                let dir = root.join("program");
+                write_program(&dir);
+                timed(|| run(Command::new("make").args(["-s", "-j2", "-C"]).arg(dir)))
+            }
+            "remove" => timed(|| run(Command::new("rm").arg("-rf").arg(root))),
+            _ => self.in_one_file(phase, root),
+        }
+    }
+
+    fn make_directories(&self, root: &Path) {
+        let below = root.join("directories");
+        fs::create_dir_all(&below).unwrap();
+        let mut queue = vec![(self.tree.clone(), below)];
+        while let Some((from, to)) = queue.pop() {
+            for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+                if entry.file_type().unwrap().is_dir() {
+                    let made = to.join(entry.file_name());
+                    fs::create_dir(&made).unwrap();
+                    queue.push((entry.path(), made));
+                }
+            }
+        }
+    }
+
+    /// The small phases: one open file, opened and filled outside the timing.
+    fn in_one_file(&self, phase: &str, root: &Path) -> f64 {
+        let path = root.with_file_name("large");
+        fs::write(&path, vec![7; FILE_LEN]).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let mut bytes = vec![9; 1 << 20];
+        let each = |file: &File, act: &mut dyn FnMut(&File, u64)| {
+            // once to warm up
+            for turn in 0..9 {
+                for at in
+                    (0..FILE_LEN).step_by(1 << 20).take(if turn == 0 { 8 } else { usize::MAX })
+                {
+                    act(file, at as u64);
+                }
+            }
+        };
+        let seconds = match phase {
+            "read 1 MiB cached" => {
+                timed(|| each(&file, &mut |file, at| file.read_exact_at(&mut bytes, at).unwrap()))
+            }
+            "overwrite 1 MiB" => {
+                timed(|| each(&file, &mut |file, at| file.write_all_at(&bytes, at).unwrap()))
+            }
+            "overwrite 4 KiB" => timed(|| {
+                for i in 0..SMALL_COUNT {
+                    // spread, and aligned
+                    let at = (i * 7919 * 4096) % FILE_LEN;
+                    file.write_all_at(&bytes[..4096], at as u64).unwrap();
+                }
+            }),
+            _ => {
+                let mut file = File::options().append(true).open(&path).unwrap();
+                timed(|| {
+                    for _ in 0..SMALL_COUNT {
+                        std::io::Write::write_all(&mut file, &bytes[..200]).unwrap();
+                    }
+                })
+            }
+        };
+        drop(file);
+        fs::remove_file(path).unwrap();
+        seconds
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let _ = Command::new(imz()).args(["umount", "--now"]).arg(&self.point).status();
+        let _ = self.mount.kill();
+        let _ = self.mount.wait();
+        if self.is_root {
+            let _ =
+                Command::new("umount").arg("-l").arg(&self.point).stderr(Stdio::null()).status();
+        }
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+        for image in &self.images {
+            let _ = Command::new("umount").arg("-l").arg(image).status();
+        }
+        // never below what is still mounted: a failed unmount must not empty a disk
+        let info = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        match info.contains(&*self.base.to_string_lossy()) {
+            true => eprintln!("andrew: something is still mounted in {}", self.base.display()),
+            false => drop(fs::remove_dir_all(&self.base)),
+        }
+    }
+}
+
+fn make_disk(image: &Path, point: &Path) {
+    File::create(image).unwrap().set_len(8 << 30).unwrap();
+    run(Command::new("mkfs.ext4").args(["-F", "-q"]).arg(image));
+    run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(point));
+}
+
+/// The server, and the port that it says.
+fn start_server(served: &Path, state: &Path, log: &Path) -> (Child, u16) {
+    let server = Command::new(imz())
+        .args([
+            "serve",
+            &format!("andrew={}", served.display()),
+            "--listen",
+            "127.0.0.1:0",
+            "--state",
+        ])
+        .arg(state)
+        .stderr(File::create(log).unwrap())
+        .spawn()
+        .unwrap();
+    let mut port = None;
+    wait(|| {
+        let said = fs::read_to_string(log).unwrap();
+        port = said.lines().find_map(|it| it.rsplit_once(':')?.1.trim().parse().ok());
+        port.is_some()
+    });
+    (server, port.unwrap())
+}
+
+fn wait(mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < Duration::from_secs(20), "imz does not start");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn run(command: &mut Command) {
+    let status = command.status().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+fn timed(act: impl FnOnce()) -> f64 {
+    let began = Instant::now();
+    act();
+    began.elapsed().as_secs_f64()
+}
+
+fn scan(root: &Path) {
+    let words = ["-printf", "%p %s %m %u %T@\\n"];
+    run(Command::new("find").arg(root).args(words).stdout(Stdio::null()));
+}
+
+/// The kernel forgets names and attributes, of both sides; only root can ask for it.
+fn forget() {
+    let _ = fs::write("/proc/sys/vm/drop_caches", "2");
+}
+
+/// Files with something to do for the compiler, that include common headers.
+fn write_program(dir: &Path) {
+    fs::create_dir(dir).unwrap();
+    let names: Vec<String> = (0..PROGRAM_FILES).map(|i| format!("part{i}")).collect();
+    for (i, name) in names.iter().enumerate() {
+        let mut text =
+            String::from("#include <stdio.h>\n#include <stdlib.h>\n#include <string.h>\n");
+        for j in 0..30 {
+            text.push_str(&format!(
+                "static int f{j}(int x, char *s) {{\n  for (int i = 0; i < x; i++) s[i % 8] += \
+                 (char)(x * {j} + i);\n  return x + (int)strlen(s) + {i};\n}}\n"
+            ));
+        }
+        let calls: Vec<String> = (0..30).map(|j| format!("f{j}(x, s)")).collect();
+        text.push_str(&format!(
+            "int {name}(int x) {{ char s[9] = \"abcdefgh\"; return {}; }}\n",
+            calls.join(" + ")
+        ));
+        fs::write(dir.join(format!("{name}.c")), text).unwrap();
+    }
+    let declared: String = names.iter().map(|it| format!("int {it}(int);")).collect();
+    let calls: Vec<String> = names.iter().map(|it| format!("{it}(n)")).collect();
+    let main = format!(
+        "{declared}\nint main(int n, char **v) {{ (void)v; return {}; }}\n",
+        calls.join("+")
+    );
+    fs::write(dir.join("main.c"), main).unwrap();
+    let objects: String = names.iter().map(|it| format!("{it}.o ")).collect();
+    let makefile = format!("CFLAGS = -O1\nprogram: main.o {objects}\n\tcc -o $@ $^\n");
+    fs::write(dir.join("Makefile"), makefile).unwrap();
+}
+
+// ---- the report ------------------------------------------------------------------------------
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() % 2 {
+        1 => values[middle],
+        _ => (values[middle - 1] + values[middle]) / 2.0,
+    }
+}
+
+/// Ratios are imz over bare: below 1, imz is the faster one. That of pairs compares what ran one
+/// after the other, and then takes the median.
+fn report(args: &Args, times: &[[Vec<f64>; 2]]) {
+    let rows = PHASES.iter().zip(times).map(|(phase, [bare, imz])| {
+        let (a, b) = (median(bare.iter().copied()), median(imz.iter().copied()));
+        let pairs = median(bare.iter().zip(imz).map(|(bare, imz)| imz / bare));
+        (*phase, a, b, b / a, pairs)
+    });
+    if args.json {
+        let rows: Vec<_> = rows
+            .zip(times)
+            .map(|((phase, bare, imz, ratio, pairs), all)| {
+                json!({ "phase": phase, "bare_seconds": bare, "imz_seconds": imz, "ratio": ratio,
+                        "ratio_of_pairs": pairs, "all_seconds": { "bare": all[0], "imz": all[1] } })
+            })
+            .collect();
+        println!("{:#}", json!({ "tree": args.tree, "rounds": args.rounds, "phases": rows }));
+        return;
+    }
+    println!("{:<20} {:>10} {:>10} {:>10} {:>10}", "phase", "bare s", "imz s", "imz/bare", "pairs");
+    for (phase, bare, imz, ratio, pairs) in rows {
+        println!("{phase:<20} {bare:>10.3} {imz:>10.3} {ratio:>10.2} {pairs:>10.2}");
+    }
+}
