@@ -1,284 +1,404 @@
-//! An Andrew-style benchmark: a mount against the bare file system below it, in one run, in turn.
+//! An Andrew-style benchmark: a real source tree in a mount, and in the bare file system below.
 //!
-//! ```text
-//! cargo bench --bench andrew -- SOURCE_TREE [--rounds N] [--options OPTS] [--json]
-//! ```
+//!   cargo bench --bench andrew -- SOURCE_TREE [--rounds N] [--dir WHERE] [--json]
 //!
-//! Makes an ext4 image in memory for the bare side, the served directory and the cache; starts
-//! `imz serve` and `imz mount`; then, each round, every phase on both sides, one after the other,
-//! and which side begins changes from round to round. Shipping goes on meanwhile, as in life; it
-//! is waited for, outside the timings, before the removal and between rounds. Needs root.
-//! Source: the Andrew benchmark (Howard and others, 1988), with the copy by `cp -a`.
+//! As root, each side gets an ext4 image of its own in /dev/shm (or in WHERE, on any disk);
+//! otherwise both work in WHERE. Server and mount are processes of the release binary. The two
+//! sides do each phase in turn, several rounds, first one and then the other: what disturbs the
+//! machine disturbs both. Shipping goes on meanwhile, as in life; only before `remove` and between
+//! rounds is it awaited, outside the timing. Everything made is removed at the end.
+//!
+//! The source of the idea: Howard et al., "Scale and performance in a distributed file system",
+//! 1988, and InterMezzo's own tables.
 
-#![allow(clippy::unwrap_used)] // a benchmark that cannot run says why and ends
-
-#[path = "../tests/common/mod.rs"]
-mod common;
+#![allow(clippy::unwrap_used)] // a failure ends the run, and says where
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Instant;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use common::{Disk, imz, wait_for};
+use serde_json::json;
 
-/// Size of the image, MiB; sparse.
-const DISK_MIB: u64 = 12 << 10;
-/// Units of the program that is compiled, and functions in each.
-const UNITS: usize = 40;
-const FUNCTIONS: usize = 60;
-const MICRO_LEN: usize = 256 << 20;
+const PHASES: [&str; 11] = [
+    "make directories",
+    "copy",
+    "scan (cold)",
+    "scan (warm)",
+    "read all",
+    "compile",
+    "remove",
+    "read 1 MiB cached",
+    "overwrite 1 MiB",
+    "overwrite 4 KiB",
+    "append 200 bytes",
+];
+const PROGRAM_FILES: usize = 40;
+/// Length of the file of the small phases, and how often it is gone through.
+const FILE_LEN: usize = 64 << 20;
+const SMALL_COUNT: usize = 200_000;
 
 struct Args {
     tree: PathBuf,
     rounds: usize,
-    options: String,
+    dir: Option<PathBuf>,
     json: bool,
 }
 
 fn main() {
-    let Some(args) = args() else {
+    let Some(args) = arguments() else {
+        // cargo bench and cargo test run every bench; without a tree there is nothing to do
         eprintln!(
-            "usage: cargo bench --bench andrew -- SOURCE_TREE [--rounds N] [--options OPTS] [--json]"
+            "andrew: cargo bench --bench andrew -- SOURCE_TREE [--rounds N] [--dir WHERE] [--json]"
         );
-        // `cargo bench` without arguments runs the other benchmarks; that is no failure
         return;
     };
-    let Some(disk) = Disk::new(DISK_MIB) else { std::process::exit(1) };
-    let mut setup = Setup::start(&disk, &args.options);
-    let mut table = Vec::new();
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, stop.clone()).unwrap();
+    }
+    let work = Work::new(&args, stop);
+    let mut times: Vec<[Vec<f64>; 2]> = vec![Default::default(); PHASES.len()];
     for round in 0..args.rounds {
-        for (nth, phase) in PHASES.iter().enumerate() {
-            let (mut bare, mut mounted) = (0.0, 0.0);
-            let sides = if round % 2 == 0 { [true, false] } else { [false, true] };
-            for is_bare in sides {
-                if phase.ship_first && !is_bare {
-                    setup.sync();
+        if !args.json {
+            eprintln!("round {} of {}", round + 1, args.rounds);
+        }
+        for (i, phase) in PHASES.iter().enumerate() {
+            // the order changes, so that neither side always comes second
+            let order = if (round + i) % 2 == 0 { [0, 1] } else { [1, 0] };
+            for side in order {
+                if work.stop.load(Ordering::Relaxed) {
+                    eprintln!("andrew: interrupted");
+                    return;
                 }
-                let dir = if is_bare { &setup.bare } else { &setup.mounted };
-                let began = Instant::now();
-                (phase.run)(dir, &args.tree);
-                let took = began.elapsed().as_secs_f64();
-                *(if is_bare { &mut bare } else { &mut mounted }) = took;
+                if *phase == "remove" && side == 1 {
+                    work.sync();
+                }
+                times[i][side].push(work.measure(phase, side));
             }
-            if table.len() <= nth {
-                table.push((phase.name, Vec::new()));
-            }
-            table[nth].1.push((bare, mounted));
         }
-        setup.sync();
+        work.sync();
     }
-    setup.end();
-    print(&table, args.json);
+    report(&args, &times);
 }
 
-fn args() -> Option<Args> {
-    let (mut tree, mut rounds, mut options, mut json) = (None, 5, String::new(), false);
-    let mut words = std::env::args().skip(1);
+fn arguments() -> Option<Args> {
+    let mut args = Args { tree: PathBuf::new(), rounds: 5, dir: None, json: false };
+    let mut words = std::env::args_os().skip(1);
     while let Some(word) = words.next() {
-        match &*word {
-            "--bench" => {} // cargo's
-            "--rounds" => rounds = words.next()?.parse().ok()?,
-            "--options" => options = words.next()?,
-            "--json" => json = true,
-            _ if word.starts_with('-') => return None,
-            _ => tree = Some(fs::canonicalize(&word).ok()?),
+        match word.to_str() {
+            Some("--bench" | "--test") => {}
+            Some("--json") => args.json = true,
+            Some("--rounds") => args.rounds = words.next()?.to_str()?.parse().ok()?,
+            Some("--dir") => args.dir = Some(words.next()?.into()),
+            Some(word) if word.starts_with('-') => return None,
+            _ => args.tree = word.into(),
         }
     }
-    Some(Args { tree: tree?, rounds, options, json })
+    (args.tree.is_dir() && args.rounds > 0).then_some(args)
 }
 
-struct Setup {
-    bare: PathBuf,
-    mounted: PathBuf,
-    children: Vec<Child>,
+// ---- the two sides ---------------------------------------------------------------------------
+
+/// Both sides: 0 is the bare file system, 1 the mount. Taken away on drop.
+struct Work {
+    tree: PathBuf,
+    stop: Arc<AtomicBool>,
+    roots: [PathBuf; 2],
+    server: Child,
+    mount: Child,
+    point: PathBuf,
+    images: Vec<PathBuf>,
+    base: PathBuf,
+    is_root: bool,
 }
 
-impl Setup {
-    fn start(disk: &Disk, options: &str) -> Setup {
-        let (bare, served, cache) = (disk.dir("bare"), disk.dir("served"), disk.dir("cache"));
-        let mounted = common::mount_point();
-        let said = disk.path().join("serve.log");
-        let export = format!("v={}", served.display());
-        let mut serve = Command::new(imz());
-        serve.args(["serve", &export, "--listen", "127.0.0.1:0"]);
-        let server = serve.stderr(File::create(&said).unwrap()).spawn().unwrap();
-        let mut children = vec![server];
-        let mut port = String::new();
-        wait_for("the server", 10, || {
-            let text = fs::read_to_string(&said).unwrap();
-            let found = text.trim().rsplit_once(':').map(|(_, port)| port.to_owned());
-            port = found.filter(|_| text.ends_with('\n')).unwrap_or_default();
-            !port.is_empty()
-        });
-        let mut mount = Command::new(imz());
-        mount.args(["mount", "-f", &format!("127.0.0.1:{port}:/v")]).arg(&mounted);
-        mount.arg("--cache").arg(&cache);
-        if !options.is_empty() {
-            mount.args(["-o", options]);
+fn imz() -> &'static str {
+    env!("CARGO_BIN_EXE_imz")
+}
+
+impl Work {
+    fn new(args: &Args, stop: Arc<AtomicBool>) -> Work {
+        let is_root = rustix::process::geteuid().is_root();
+        let memory = Path::new("/dev/shm");
+        let default =
+            if is_root && memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+        let holder = args.dir.clone().unwrap_or(default);
+        let base =
+            tempfile::Builder::new().prefix("imz-andrew-").tempdir_in(holder).unwrap().keep();
+        let (mut images, mut disks) = (Vec::new(), Vec::new());
+        for name in ["bare", "cache", "server"] {
+            let disk = base.join(name);
+            fs::create_dir(&disk).unwrap();
+            if is_root {
+                images.push(disk.clone());
+                make_disk(&base.join(format!("{name}.img")), &disk);
+            }
+            disks.push(disk);
         }
-        children.push(mount.stderr(Stdio::null()).spawn().unwrap());
-        wait_for("the mount", 10, || common::is_mounted(&mounted));
-        Setup { bare, mounted, children }
+        let (served, state) = (disks[2].join("served"), disks[2].join("state"));
+        let (cache, point) = (disks[1].join("cache"), base.join("mount"));
+        for dir in [&served, &state, &cache, &point] {
+            fs::create_dir(dir).unwrap();
+        }
+        let (server, port) = start_server(&served, &state, &base.join("server.log"));
+        let mount = Command::new(imz())
+            .args(["mount", "-f", &format!("127.0.0.1:{port}:/andrew")])
+            .arg(&point)
+            .arg("--cache")
+            .arg(&cache)
+            .stderr(File::create(base.join("mount.log")).unwrap())
+            .spawn()
+            .unwrap();
+        let (bare, tree) = (disks[0].join("work"), args.tree.canonicalize().unwrap());
+        let roots = [bare, point.join("work")];
+        let work = Work { tree, stop, roots, server, mount, point, images, base, is_root };
+        let up = || Command::new(imz()).arg("status").arg(&work.point).output().unwrap().status;
+        wait(|| up().success());
+        work
     }
 
     fn sync(&self) {
-        assert!(Command::new(imz()).arg("sync").arg(&self.mounted).status().unwrap().success());
+        run(Command::new(imz()).arg("sync").arg(&self.point).stderr(Stdio::null()));
     }
 
-    fn end(&mut self) {
-        assert!(Command::new(imz()).arg("umount").arg(&self.mounted).status().unwrap().success());
-        self.stop();
-    }
-
-    fn stop(&mut self) {
-        for child in self.children.iter_mut().rev() {
-            common::command(&["kill", &child.id().to_string()]).output().unwrap();
-            child.wait().unwrap();
+    /// Seconds that one phase took on one side.
+    fn measure(&self, phase: &str, side: usize) -> f64 {
+        let root = &self.roots[side];
+        match phase {
+            "make directories" => timed(|| self.make_directories(root)),
+            "copy" => {
+                let (from, to) = (self.tree.join("."), root.join("copy"));
+                timed(|| run(Command::new("cp").arg("-a").arg(from).arg(to)))
+            }
+            "scan (cold)" => {
+                forget();
+                timed(|| scan(root))
+            }
+            "scan (warm)" => timed(|| scan(root)),
+            "read all" => timed(|| {
+                let script = "find \"$0\" -type f -print0 | xargs -0 cat > /dev/null";
+                run(Command::new("sh").args(["-c", script]).arg(root));
+            }),
+            "compile" => {
+                let dir = root.join("program");
+                write_program(&dir);
+                timed(|| run(Command::new("make").args(["-s", "-j2", "-C"]).arg(dir)))
+            }
+            "remove" => timed(|| run(Command::new("rm").arg("-rf").arg(root))),
+            _ => self.in_one_file(phase, root),
         }
-        self.children.clear();
+    }
+
+    fn make_directories(&self, root: &Path) {
+        let below = root.join("directories");
+        fs::create_dir_all(&below).unwrap();
+        let mut queue = vec![(self.tree.clone(), below)];
+        while let Some((from, to)) = queue.pop() {
+            for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+                if entry.file_type().unwrap().is_dir() {
+                    let made = to.join(entry.file_name());
+                    fs::create_dir(&made).unwrap();
+                    queue.push((entry.path(), made));
+                }
+            }
+        }
+    }
+
+    /// The small phases: one open file, opened and filled outside the timing.
+    fn in_one_file(&self, phase: &str, root: &Path) -> f64 {
+        let path = root.with_file_name("large");
+        fs::write(&path, vec![7; FILE_LEN]).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let mut bytes = vec![9; 1 << 20];
+        let each = |file: &File, act: &mut dyn FnMut(&File, u64)| {
+            // once to warm up
+            for turn in 0..9 {
+                for at in
+                    (0..FILE_LEN).step_by(1 << 20).take(if turn == 0 { 8 } else { usize::MAX })
+                {
+                    act(file, at as u64);
+                }
+            }
+        };
+        let seconds = match phase {
+            "read 1 MiB cached" => {
+                timed(|| each(&file, &mut |file, at| file.read_exact_at(&mut bytes, at).unwrap()))
+            }
+            "overwrite 1 MiB" => {
+                timed(|| each(&file, &mut |file, at| file.write_all_at(&bytes, at).unwrap()))
+            }
+            "overwrite 4 KiB" => timed(|| {
+                for i in 0..SMALL_COUNT {
+                    // spread, and aligned
+                    let at = (i * 7919 * 4096) % FILE_LEN;
+                    file.write_all_at(&bytes[..4096], at as u64).unwrap();
+                }
+            }),
+            _ => {
+                let mut file = File::options().append(true).open(&path).unwrap();
+                timed(|| {
+                    for _ in 0..SMALL_COUNT {
+                        std::io::Write::write_all(&mut file, &bytes[..200]).unwrap();
+                    }
+                })
+            }
+        };
+        drop(file);
+        fs::remove_file(path).unwrap();
+        seconds
     }
 }
 
-impl Drop for Setup {
+impl Drop for Work {
     fn drop(&mut self) {
-        if !self.children.is_empty() {
-            let _ = Command::new(imz()).args(["umount", "--now"]).arg(&self.mounted).status();
-            self.stop();
+        let _ = Command::new(imz()).args(["umount", "--now"]).arg(&self.point).status();
+        let _ = self.mount.kill();
+        let _ = self.mount.wait();
+        if self.is_root {
+            let _ =
+                Command::new("umount").arg("-l").arg(&self.point).stderr(Stdio::null()).status();
         }
-        let _ = fs::remove_dir(&self.mounted);
-    }
-}
-
-struct Phase {
-    name: &'static str,
-    /// what was changed before is at the server when it begins
-    ship_first: bool,
-    run: fn(&Path, &Path),
-}
-
-const fn phase(name: &'static str, run: fn(&Path, &Path)) -> Phase {
-    Phase { name, ship_first: false, run }
-}
-
-const PHASES: [Phase; 12] = [
-    phase("make directories", |dir, tree| make_dirs(tree, &dir.join("dirs"))),
-    phase("copy", |dir, tree| shell(dir, &format!("cp -a '{}' copy", tree.display()))),
-    phase("scan", |dir, _| scan(dir)),
-    phase("scan again", |dir, _| scan(dir)),
-    phase("read all", |dir, _| {
-        shell(dir, "find copy -type f -print0 | xargs -0 cat >/dev/null");
-    }),
-    phase("compile", |dir, _| compile(dir)),
-    phase("write a file, 1 MiB", |dir, _| write_file(dir)),
-    phase("read cached, 1 MiB", |dir, _| read_file(dir)),
-    phase("overwrite, 1 MiB", |dir, _| overwrite(dir, 1 << 20, 4)),
-    phase("overwrite, 4 KiB", |dir, _| overwrite(dir, 4 << 10, 1)),
-    Phase { name: "remove", ship_first: true, run: |dir, _| shell(dir, "rm -rf copy dirs") },
-    phase("remove the rest", |dir, _| shell(dir, "rm -rf program big")),
-];
-
-fn shell(dir: &Path, line: &str) {
-    let status = Command::new("sh").args(["-c", line]).current_dir(dir).status().unwrap();
-    assert!(status.success(), "{line}");
-}
-
-fn make_dirs(from: &Path, to: &Path) {
-    fs::create_dir(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        if entry.file_type().unwrap().is_dir() {
-            make_dirs(&entry.path(), &to.join(entry.file_name()));
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+        for image in &self.images {
+            let _ = Command::new("umount").arg("-l").arg(image).status();
+        }
+        // never below what is still mounted: a failed unmount must not empty a disk
+        let info = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        match info.contains(&*self.base.to_string_lossy()) {
+            true => eprintln!("andrew: something is still mounted in {}", self.base.display()),
+            false => drop(fs::remove_dir_all(&self.base)),
         }
     }
 }
 
-fn scan(dir: &Path) {
-    shell(dir, "find copy -printf '%s %m %T@ %u\\n' >/dev/null");
+fn make_disk(image: &Path, point: &Path) {
+    File::create(image).unwrap().set_len(8 << 30).unwrap();
+    run(Command::new("mkfs.ext4").args(["-F", "-q"]).arg(image));
+    run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(point));
 }
 
-fn compile(dir: &Path) {
-    let program = dir.join("program");
-    fs::create_dir(&program).unwrap();
-    let mut main = File::create(program.join("main.c")).unwrap();
-    let mut header = File::create(program.join("all.h")).unwrap();
-    writeln!(header, "#include <stdio.h>\n#include <stdlib.h>\n#include <string.h>").unwrap();
-    writeln!(main, "#include \"all.h\"\nint main(void) {{ int n = 0;").unwrap();
-    for unit in 0..UNITS {
-        writeln!(header, "int unit{unit}(int);").unwrap();
-        writeln!(main, "n += unit{unit}(n);").unwrap();
-        let mut text = String::from("#include \"all.h\"\n");
-        for f in 0..FUNCTIONS {
-            text += &format!(
-                "static int f{f}(int x) {{ int y = x; for (int i = 0; i < x % {f}7; i++) y = y * 31 + i; return y; }}\n"
-            );
-        }
-        text += &format!("int unit{unit}(int x) {{ return f0(x)");
-        (1..FUNCTIONS).for_each(|f| text += &format!(" + f{f}(x)"));
-        fs::write(program.join(format!("unit{unit}.c")), text + "; }\n").unwrap();
+/// The server, and the port that it says.
+fn start_server(served: &Path, state: &Path, log: &Path) -> (Child, u16) {
+    let server = Command::new(imz())
+        .args([
+            "serve",
+            &format!("andrew={}", served.display()),
+            "--listen",
+            "127.0.0.1:0",
+            "--state",
+        ])
+        .arg(state)
+        .stderr(File::create(log).unwrap())
+        .spawn()
+        .unwrap();
+    let mut port = None;
+    wait(|| {
+        let said = fs::read_to_string(log).unwrap();
+        port = said.lines().find_map(|it| it.rsplit_once(':')?.1.trim().parse().ok());
+        port.is_some()
+    });
+    (server, port.unwrap())
+}
+
+fn wait(mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < Duration::from_secs(20), "imz does not start");
+        std::thread::sleep(Duration::from_millis(20));
     }
-    writeln!(main, "printf(\"%d\\n\", n); return 0; }}").unwrap();
-    let objects: Vec<String> = (0..UNITS).map(|u| format!("unit{u}.o")).collect();
-    let make = format!(
-        "CFLAGS = -O1\nprogram: main.o {0}\n\t$(CC) -o $@ main.o {0}\nmain.o {0}: all.h\n",
-        objects.join(" ")
+}
+
+fn run(command: &mut Command) {
+    let status = command.status().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+fn timed(act: impl FnOnce()) -> f64 {
+    let began = Instant::now();
+    act();
+    began.elapsed().as_secs_f64()
+}
+
+fn scan(root: &Path) {
+    let words = ["-printf", "%p %s %m %u %T@\\n"];
+    run(Command::new("find").arg(root).args(words).stdout(Stdio::null()));
+}
+
+/// The kernel forgets names and attributes, of both sides; only root can ask for it.
+fn forget() {
+    let _ = fs::write("/proc/sys/vm/drop_caches", "2");
+}
+
+/// Files with something to do for the compiler, that include common headers.
+fn write_program(dir: &Path) {
+    fs::create_dir(dir).unwrap();
+    let names: Vec<String> = (0..PROGRAM_FILES).map(|i| format!("part{i}")).collect();
+    for (i, name) in names.iter().enumerate() {
+        let mut text =
+            String::from("#include <stdio.h>\n#include <stdlib.h>\n#include <string.h>\n");
+        for j in 0..30 {
+            text.push_str(&format!(
+                "static int f{j}(int x, char *s) {{\n  for (int i = 0; i < x; i++) s[i % 8] += \
+                 (char)(x * {j} + i);\n  return x + (int)strlen(s) + {i};\n}}\n"
+            ));
+        }
+        let calls: Vec<String> = (0..30).map(|j| format!("f{j}(x, s)")).collect();
+        text.push_str(&format!(
+            "int {name}(int x) {{ char s[9] = \"abcdefgh\"; return {}; }}\n",
+            calls.join(" + ")
+        ));
+        fs::write(dir.join(format!("{name}.c")), text).unwrap();
+    }
+    let declared: String = names.iter().map(|it| format!("int {it}(int);")).collect();
+    let calls: Vec<String> = names.iter().map(|it| format!("{it}(n)")).collect();
+    let main = format!(
+        "{declared}\nint main(int n, char **v) {{ (void)v; return {}; }}\n",
+        calls.join("+")
     );
-    fs::write(program.join("Makefile"), make).unwrap();
-    shell(&program, "make -s -j2 && ./program >/dev/null");
+    fs::write(dir.join("main.c"), main).unwrap();
+    let objects: String = names.iter().map(|it| format!("{it}.o ")).collect();
+    let makefile = format!("CFLAGS = -O1\nprogram: main.o {objects}\n\tcc -o $@ $^\n");
+    fs::write(dir.join("Makefile"), makefile).unwrap();
 }
 
-fn write_file(dir: &Path) {
-    let file = File::create(dir.join("big")).unwrap();
-    let piece = vec![7; 1 << 20];
-    (0..MICRO_LEN / piece.len()).for_each(|_| (&file).write_all(&piece).unwrap());
-}
+// ---- the report ------------------------------------------------------------------------------
 
-fn read_file(dir: &Path) {
-    let file = File::open(dir.join("big")).unwrap();
-    let mut piece = vec![0; 1 << 20];
-    for _ in 0..8 {
-        for at in (0..MICRO_LEN).step_by(piece.len()) {
-            file.read_exact_at(&mut piece, at as u64).unwrap();
-        }
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() % 2 {
+        1 => values[middle],
+        _ => (values[middle - 1] + values[middle]) / 2.0,
     }
 }
 
-fn overwrite(dir: &Path, len: usize, times: usize) {
-    let file = File::options().write(true).open(dir.join("big")).unwrap();
-    let piece = vec![9; len];
-    for _ in 0..times {
-        for at in (0..MICRO_LEN).step_by(len) {
-            file.write_all_at(&piece, at as u64).unwrap();
-        }
+/// Ratios are imz over bare: below 1, imz is the faster one. That of pairs compares what ran one
+/// after the other, and then takes the median.
+fn report(args: &Args, times: &[[Vec<f64>; 2]]) {
+    let rows = PHASES.iter().zip(times).map(|(phase, [bare, imz])| {
+        let (a, b) = (median(bare.iter().copied()), median(imz.iter().copied()));
+        let pairs = median(bare.iter().zip(imz).map(|(bare, imz)| imz / bare));
+        (*phase, a, b, b / a, pairs)
+    });
+    if args.json {
+        let rows: Vec<_> = rows
+            .zip(times)
+            .map(|((phase, bare, imz, ratio, pairs), all)| {
+                json!({ "phase": phase, "bare_seconds": bare, "imz_seconds": imz, "ratio": ratio,
+                        "ratio_of_pairs": pairs, "all_seconds": { "bare": all[0], "imz": all[1] } })
+            })
+            .collect();
+        println!("{:#}", json!({ "tree": args.tree, "rounds": args.rounds, "phases": rows }));
+        return;
     }
-}
-
-fn median(mut of: Vec<f64>) -> f64 {
-    of.sort_by(f64::total_cmp);
-    of[of.len() / 2]
-}
-
-fn print(table: &[(&str, Vec<(f64, f64)>)], json: bool) {
-    if !json {
-        println!("{:22} {:>9} {:>9} {:>17}", "phase", "bare s", "imz s", "imz/bare (pairs)");
-    }
-    for (name, pairs) in table {
-        let bare = median(pairs.iter().map(|(bare, _)| *bare).collect());
-        let mounted = median(pairs.iter().map(|(_, mounted)| *mounted).collect());
-        let mut ratios: Vec<f64> = pairs.iter().map(|(bare, mounted)| mounted / bare).collect();
-        ratios.sort_by(f64::total_cmp);
-        let (least, most) = (ratios[0], ratios[ratios.len() - 1]);
-        let ratio = median(ratios);
-        if json {
-            let line = serde_json::json!({
-                "phase": name, "bare_seconds": bare, "imz_seconds": mounted, "ratio": ratio,
-                "ratio_min": least, "ratio_max": most, "rounds": pairs.len(),
-            });
-            println!("{line}");
-        } else {
-            println!("{name:22} {bare:9.3} {mounted:9.3} {ratio:7.2} ({least:.2} to {most:.2})");
-        }
+    println!("{:<20} {:>10} {:>10} {:>10} {:>10}", "phase", "bare s", "imz s", "imz/bare", "pairs");
+    for (phase, bare, imz, ratio, pairs) in rows {
+        println!("{phase:<20} {bare:>10.3} {imz:>10.3} {ratio:>10.2} {pairs:>10.2}");
     }
 }

@@ -42,9 +42,10 @@ impl Wish {
 }
 
 /// The mode without the bits that a write by a user takes away; `None` when it has none of them.
-fn without_set_id(mode: u32) -> Option<u32> {
+/// `outsider`: the user is not of the file's group.
+fn without_set_id(mode: u32, outsider: bool) -> Option<u32> {
     let mut kept = mode & 0o7777 & !SET_UID;
-    if mode & GROUP_EXEC != 0 {
+    if mode & GROUP_EXEC != 0 || outsider {
         kept &= !SET_GID;
     }
     (kept != mode & 0o7777).then_some(kept)
@@ -104,7 +105,9 @@ impl Filter {
     /// Takes set-id bits away, as a write by a user does. The caller holds the object's lock.
     pub fn drop_set_id(&self, by: Caller, fid: Fid) -> Result<()> {
         let Ok(object) = self.here(fid) else { return Ok(()) };
-        let Some(mode) = without_set_id(object.stat.mode) else { return Ok(()) };
+        let Some(mode) = without_set_id(object.stat.mode, is_outsider(by, &object.stat)) else {
+            return Ok(());
+        };
         let new = Change { mode: Some(mode), ..Change::default() };
         let op = Op::Setattr { fid, base: object.meta.stamp, new, old: old_of(&new, &object.stat) };
         self.change(by, self.path(&object), op, |_| self.set(&object, &new).map(drop))
@@ -192,6 +195,11 @@ impl Filter {
     }
 }
 
+/// FUSE does not say what further groups the caller has: then a bit too many goes.
+fn is_outsider(by: Caller, stat: &Stat) -> bool {
+    by.uid != 0 && by.gid != stat.gid
+}
+
 /// What the wish comes to for this object.
 fn change_of(wish: &Wish, stat: &Stat, by: Caller) -> Change {
     let now = time_of_ns(now_ns());
@@ -210,8 +218,9 @@ fn change_of(wish: &Wish, stat: &Stat, by: Caller) -> Change {
         mtime: at(wish.mtime),
     };
     let cut_by_user = wish.size.is_some() && by.uid != 0;
-    if change.mode.is_none() && stat.kind() == Kind::File && (cut_by_user || wish.is_empty()) {
-        change.mode = without_set_id(stat.mode);
+    let loses = cut_by_user || wish.is_empty() || wish.uid.is_some() || wish.gid.is_some();
+    if change.mode.is_none() && stat.kind() == Kind::File && loses {
+        change.mode = without_set_id(stat.mode, is_outsider(by, stat));
     }
     // Truncation is a change of data: all nodes must get the same time for it.
     if wish.size.is_some() && change.mtime.is_none() {
@@ -239,15 +248,16 @@ mod tests {
 
     #[test]
     fn set_id_bits_go_as_posix_says() {
-        for (mode, want) in [
-            (0o6777, Some(0o777)),
-            (0o4755, Some(0o755)),
-            (0o2755, Some(0o755)),
-            (0o2745, None), // no group execution: mandatory locking, stays
-            (0o6745, Some(0o2745)),
-            (0o755, None),
+        for (mode, outsider, want) in [
+            (0o6777, false, Some(0o777)),
+            (0o4755, false, Some(0o755)),
+            (0o2755, false, Some(0o755)),
+            (0o2745, false, None), // no group execution: mandatory locking, stays
+            (0o2745, true, Some(0o745)),
+            (0o6745, false, Some(0o2745)),
+            (0o755, true, None),
         ] {
-            assert_eq!(without_set_id(mode), want, "{mode:o}");
+            assert_eq!(without_set_id(mode, outsider), want, "{mode:o}");
         }
     }
 }

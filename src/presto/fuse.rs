@@ -358,12 +358,9 @@ fn when(time: TimeOrNow) -> When {
         TimeOrNow::Now => When::Now,
         TimeOrNow::SpecificTime(t) => When::At(match t.duration_since(UNIX_EPOCH) {
             Ok(d) => Time { sec: d.as_secs() as i64, nsec: d.subsec_nanos() },
+            // fuser takes the fraction off, too, where the kernel means it to be added
             Err(e) => {
-                let (secs, nanos) = (e.duration().as_secs() as i64, e.duration().subsec_nanos());
-                match nanos {
-                    0 => Time { sec: -secs, nsec: 0 },
-                    _ => Time { sec: -secs - 1, nsec: 1_000_000_000 - nanos },
-                }
+                Time { sec: -(e.duration().as_secs() as i64), nsec: e.duration().subsec_nanos() }
             }
         }),
     }

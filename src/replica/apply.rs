@@ -458,7 +458,7 @@ fn covers(ranges: &[Range], size: u64) -> bool {
 pub(super) fn write_ranges(file: &OwnedFd, ranges: &[Range], mut bytes: &[u8]) -> fs::Result<()> {
     for range in ranges {
         let (piece, rest) = bytes.split_at_checked(range.len as usize).ok_or(Errno::INVAL)?;
-        fs::pwrite_all(file, piece, range.at)?;
+        fs::pwrite_sparse(file, piece, range.at)?;
         bytes = rest;
     }
     Ok(())
@@ -476,7 +476,7 @@ fn copy_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range]) -> fs::Result<()>
                 Err(Errno::INTR) => continue,
                 other => other?,
             };
-            fs::pwrite_all(to.as_fd(), &buf[..have], range.at + into)?;
+            fs::pwrite_sparse(to, &buf[..have], range.at + into)?;
             into += have as u64;
         }
     }

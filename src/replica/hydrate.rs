@@ -6,7 +6,7 @@
 //! lock; what own records are newer about than the fetch (`mark`) stays as it is.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use super::cache::Cache;
 use super::meta::Meta;
@@ -307,7 +307,7 @@ pub fn write_range(
     let mut next = at;
     while let Some((start, len)) = meta.missing(next, end.saturating_sub(next)) {
         let (from, to) = (start.max(next), (start + len).min(end));
-        write_unless_hole(&fd, &bytes[(from - at) as usize..(to - at) as usize], from)?;
+        fs::pwrite_sparse(&fd, &bytes[(from - at) as usize..(to - at) as usize], from)?;
         next = to;
         if next >= end {
             break;
@@ -327,17 +327,6 @@ pub fn write_range(
     }
     let Attr { atime, mtime, .. } = attr_of(&stat);
     Ok(fs::utimes_fd(&fd, time(atime), time(mtime))?)
-}
-
-/// Zeros that fall into a hole need not be written: a sparse file stays sparse.
-fn write_unless_hole(fd: &OwnedFd, bytes: &[u8], at: u64) -> Result<()> {
-    if bytes.iter().all(|b| *b == 0) {
-        let data = fs::seek_sparse(fd, at, false);
-        if data == Err(Errno::NXIO) || data.is_ok_and(|data| data >= at + bytes.len() as u64) {
-            return Ok(());
-        }
-    }
-    Ok(fs::pwrite_all(fd, bytes, at)?)
 }
 
 /// The server changes these objects: what is here of them is not to be trusted.

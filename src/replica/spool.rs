@@ -44,14 +44,18 @@ impl Spool {
     pub fn name(node: u32, seq: Seq) -> Vec<u8> {
         format!("{node}-{}", seq.0).into_bytes()
     }
-    /// Keeps a piece.
+    /// Keeps a piece; holes stay holes.
     ///
     /// # Errors
     /// As open(2) and write(2).
     pub fn put(&self, node: u32, seq: Seq, at: u64, bytes: &[u8]) -> Result<(), Errno> {
         let flags = fs::o::CREAT | fs::o::WRONLY;
         let file = fs::open(&self.fd, &Spool::name(node, seq), flags, 0o600)?;
-        fs::pwrite_all(file, bytes, at)
+        let end = at + bytes.len() as u64;
+        if fs::fstat(&file)?.size < end {
+            fs::truncate(&file, end)?;
+        }
+        fs::pwrite_sparse(&file, bytes, at)
     }
     /// The content so far; an empty one if nothing was kept.
     ///

@@ -322,6 +322,24 @@ pub fn syncfs(fd: impl AsFd) -> Result<()> {
     rustix::fs::syncfs(fd)
 }
 
+/// Writes all of it, but zeros that fall into a hole: a sparse file stays sparse. What lies beyond
+/// the end of the file counts as a hole, and is not made longer for zeros.
+pub fn pwrite_sparse(fd: impl AsFd, bytes: &[u8], at: u64) -> Result<()> {
+    const STEP: usize = 64 << 10;
+    let fd = fd.as_fd();
+    for (i, step) in bytes.chunks(STEP).enumerate() {
+        let at = at + (i * STEP) as u64;
+        if step.iter().all(|byte| *byte == 0) {
+            let data = seek_sparse(fd, at, false);
+            if data == Err(Errno::NXIO) || data.is_ok_and(|data| data >= at + step.len() as u64) {
+                continue;
+            }
+        }
+        pwrite_all(fd, step, at)?;
+    }
+    Ok(())
+}
+
 /// The next data or hole at or after `at`.
 pub fn seek_sparse(fd: impl AsFd, at: u64, hole: bool) -> Result<u64> {
     let from = if hole { rustix::fs::SeekFrom::Hole(at) } else { rustix::fs::SeekFrom::Data(at) };

@@ -669,7 +669,7 @@ fn removed_directory(p: &Place) {
             raw(rustix::fs::openat(&dir, "x", flags, mode)),
             raw(rustix::fs::statat(&dir, "x", AtFlags::empty())),
         ];
-        (said, rustix::fs::fstat(&dir).map(|it| it.st_nlink).ok())
+        said
     });
 }
 
