@@ -15,6 +15,7 @@ use crate::common::tree::{acl, every_byte, set_mtime, set_xattr};
 use crate::common::{NOBODY, as_nobody, command, run};
 
 /// Name, whether only root can do it, and what it does; each runs in an empty directory.
+#[allow(clippy::type_complexity)] // a table, written out
 pub const CHECKS: &[(&str, bool, fn(&Place))] = &[
     ("unlinked-files", false, data::unlinked_files),
     ("open-flags", false, data::open_flags),
@@ -148,13 +149,13 @@ fn name_lengths(p: &Place) {
     assert_eq!(fs::read(p.at(&longest)).unwrap(), b"longest");
     p.alike(|at| {
         let too_long = at.join("x".repeat(256));
-        let result = [
+
+        [
             errno(File::create(&too_long)),
             errno(fs::create_dir(&too_long)),
             errno(fs::metadata(&too_long)),
             errno(symlink("x", &too_long)),
-        ];
-        result
+        ]
     });
     fs::write(p.dir.join(every_byte()), "every").unwrap();
     fs::rename(p.dir.join(every_byte()), p.at(&longest)).unwrap();
@@ -664,12 +665,12 @@ fn removed_directory(p: &Place) {
         fs::remove_dir(at.join("gone")).unwrap();
         let mode = Mode::from_raw_mode(0o700);
         let flags = rustix::fs::OFlags::CREATE;
-        let said = [
+
+        [
             raw(rustix::fs::mkdirat(&dir, "x", mode)),
             raw(rustix::fs::openat(&dir, "x", flags, mode)),
             raw(rustix::fs::statat(&dir, "x", AtFlags::empty())),
-        ];
-        said
+        ]
     });
 }
 

@@ -84,7 +84,8 @@ pub fn open_flags(p: &Place) {
             options.read(true).custom_flags(flags);
             errno(options.open(at.join("x")))
         };
-        let result = (
+
+        (
             errno(File::options().write(true).create_new(true).open(at.join("x"))),
             with(libc::O_DIRECTORY),
             with(libc::O_SYNC),
@@ -101,8 +102,7 @@ pub fn open_flags(p: &Place) {
                     .and_then(|mut file| file.write_all(b"written")),
             ),
             fs::read(at.join("readonly")).unwrap(),
-        );
-        result
+        )
     });
 }
 
