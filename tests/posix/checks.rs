@@ -14,8 +14,10 @@ use crate::common::compare::xattrs;
 use crate::common::tree::{acl, every_byte, set_mtime, set_xattr};
 use crate::common::{NOBODY, as_nobody, command, run};
 
-/// Name, whether only root can do it, and what it does; each runs in an empty directory.
-pub const CHECKS: &[(&str, bool, fn(&Place))] = &[
+/// Name, whether only root can do it, and what it does in an empty directory.
+type Check = (&'static str, bool, fn(&Place));
+
+pub const CHECKS: &[Check] = &[
     ("unlinked-files", false, data::unlinked_files),
     ("open-flags", false, data::open_flags),
     ("direct", false, data::direct),
@@ -148,13 +150,13 @@ fn name_lengths(p: &Place) {
     assert_eq!(fs::read(p.at(&longest)).unwrap(), b"longest");
     p.alike(|at| {
         let too_long = at.join("x".repeat(256));
-        let result = [
+
+        [
             errno(File::create(&too_long)),
             errno(fs::create_dir(&too_long)),
             errno(fs::metadata(&too_long)),
             errno(symlink("x", &too_long)),
-        ];
-        result
+        ]
     });
     fs::write(p.dir.join(every_byte()), "every").unwrap();
     fs::rename(p.dir.join(every_byte()), p.at(&longest)).unwrap();
@@ -664,12 +666,12 @@ fn removed_directory(p: &Place) {
         fs::remove_dir(at.join("gone")).unwrap();
         let mode = Mode::from_raw_mode(0o700);
         let flags = rustix::fs::OFlags::CREATE;
-        let said = [
+
+        [
             raw(rustix::fs::mkdirat(&dir, "x", mode)),
             raw(rustix::fs::openat(&dir, "x", flags, mode)),
             raw(rustix::fs::statat(&dir, "x", AtFlags::empty())),
-        ];
-        said
+        ]
     });
 }
 

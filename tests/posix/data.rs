@@ -84,7 +84,8 @@ pub fn open_flags(p: &Place) {
             options.read(true).custom_flags(flags);
             errno(options.open(at.join("x")))
         };
-        let result = (
+
+        (
             errno(File::options().write(true).create_new(true).open(at.join("x"))),
             with(libc::O_DIRECTORY),
             with(libc::O_SYNC),
@@ -101,8 +102,7 @@ pub fn open_flags(p: &Place) {
                     .and_then(|mut file| file.write_all(b"written")),
             ),
             fs::read(at.join("readonly")).unwrap(),
-        );
-        result
+        )
     });
 }
 
@@ -138,8 +138,9 @@ pub fn mapped(p: &Place) {
     assert_eq!(&bytes, b"mapped");
     file.write_all_at(b"written", 9000).unwrap();
     assert_eq!(&map[9000..9007], b"written");
-    // changed through the mapping after the descriptor is closed, without any call
+    // changed through the mapping after the descriptor is closed and all is shipped, without a call
     drop(file);
+    p.sync();
     map[700_000..700_004].copy_from_slice(b"late");
     map.flush().unwrap();
     drop(map);
