@@ -233,6 +233,8 @@ impl Running {
             // Who still has files open in a detached mount keeps it for a while at most.
             let _ = self.events.recv_timeout(END_TIME_MAX);
         }
+        // The kernel may have dropped its last words with the mount.
+        self.filter.store_all();
         let patience = if self.handle.status().connected { SHIP_TIME_MAX } else { Duration::ZERO };
         self.handle.shutdown(patience);
         if let Some(server) = self.server {

@@ -124,6 +124,16 @@ impl Filter {
         Ok(())
     }
 
+    /// Journals what was written so far to files that are still open. The kernel tells of the last
+    /// close, and of the end of a mapping, only after the application goes on.
+    pub fn store_all(&self) {
+        for open in self.files.written() {
+            if let Err(e) = self.store(&open) {
+                log::warn!("{}: what was written is not journaled yet: {e:?}", open.fid);
+            }
+        }
+    }
+
     /// Data and journal are durable on the local disk on return.
     pub fn fsync(&self, open: &Open) -> Result<()> {
         fs::fdatasync(&open.fd)?;

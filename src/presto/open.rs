@@ -144,6 +144,11 @@ impl OpenFiles {
         Ok(open)
     }
 
+    /// All that somebody may be writing to.
+    pub fn written(&self) -> Vec<Arc<Open>> {
+        held(&self.0).values().filter(|open| open.state().writers > 0).cloned().collect()
+    }
+
     /// Closes one handle. True when it was the object's last.
     pub fn close(&self, open: &Open, writer: bool) -> Closed {
         let mut all = held(&self.0);

@@ -205,6 +205,7 @@ impl<F: Fn() + Send + Sync> Answer for Told<F> {
     }
 
     fn ship_now(&self) -> u64 {
+        self.filter.store_all();
         self.handle.ship_now().0
     }
 

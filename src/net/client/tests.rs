@@ -316,7 +316,11 @@ fn garbage_ends_the_connection_and_not_the_client() {
     let mut served = rig.accept();
     std::io::Write::write_all(served.conn.stream(), &[0xff; 200]).unwrap();
     rig.accept().greet(0);
-    rig.handle.first_contact(SOON).unwrap();
+    // A known cache is told of the failed attempts, and then of the one that went well.
+    let until = Instant::now() + SOON;
+    while rig.handle.first_contact(SOON).is_err() {
+        assert!(Instant::now() < until, "the third attempt is a good one");
+    }
     rig.handle.shutdown(Duration::ZERO);
 }
 
