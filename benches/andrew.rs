@@ -189,7 +189,7 @@ impl Work {
                 timed(|| run(Command::new("make").args(["-s", "-j2", "-C"]).arg(dir)))
             }
             "remove" => timed(|| run(Command::new("rm").arg("-rf").arg(root))),
-            _ => self.in_one_file(phase, root),
+            _ => self.in_one_file(phase, root, side),
         }
     }
 
@@ -208,11 +208,15 @@ impl Work {
         }
     }
 
-    /// The small phases: one open file, opened and filled outside the timing.
-    fn in_one_file(&self, phase: &str, root: &Path) -> f64 {
+    /// The small phases: one open file, filled outside the timing, and all of it shipped.
+    fn in_one_file(&self, phase: &str, root: &Path, side: usize) -> f64 {
         let path = root.with_file_name("large");
         fs::write(&path, vec![7; FILE_LEN]).unwrap();
         let file = File::options().read(true).write(true).open(&path).unwrap();
+        file.sync_all().unwrap();
+        if side == 1 {
+            self.sync();
+        }
         let mut bytes = vec![9; 1 << 20];
         let each = |file: &File, act: &mut dyn FnMut(&File, u64)| {
             // once to warm up

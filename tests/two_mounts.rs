@@ -281,3 +281,31 @@ fn an_existing_directory_is_served_as_it_is() {
     assert!(!original.join("huge").exists());
     assert!(fs::read(original.join("odd/large")).unwrap().len() == 5 << 20);
 }
+
+/// The kernel decides about permissions by what is so now, not by what it knew before.
+#[test]
+fn permissions_that_the_other_gave_count_at_once() {
+    let Some(disk) = Disk::new(256) else { return };
+    let server = Server::start(&disk);
+    let a = Mount::start(&server, &disk, "cache-a");
+    let b = Mount::with(server.source(), &disk.dir("cache-b"), "allow_other");
+    fs::create_dir(a.at("dir")).unwrap();
+    fs::write(a.at("dir/file"), "for all").unwrap();
+    let modes = |dir, file| {
+        fs::set_permissions(a.path(), Permissions::from_mode(dir)).unwrap();
+        fs::set_permissions(a.at("dir"), Permissions::from_mode(dir)).unwrap();
+        fs::set_permissions(a.at("dir/file"), Permissions::from_mode(file)).unwrap();
+        a.sync();
+    };
+    let path = b.at("dir/file");
+    for round in 0..20 {
+        for (dir, file, open) in
+            [(0o700, 0o644, false), (0o755, 0o644, true), (0o755, 0o600, false)]
+        {
+            modes(dir, file);
+            let out = common::as_nobody(&["cat".as_ref(), path.as_os_str()]).output().unwrap();
+            let said = common::told(&out);
+            assert_eq!(out.status.success(), open, "round {round}, {dir:o} {file:o}: {said}");
+        }
+    }
+}

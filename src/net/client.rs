@@ -330,17 +330,28 @@ impl Handle {
         space.0
     }
 
-    /// Waits until the cache has caught up with the server for the first time; if it is that of a
-    /// known volume, at most until an attempt has failed.
+    /// Waits until the cache has caught up with the server for the first time.
     ///
     /// # Errors
     /// See [`FirstContact`]. Attempts go on: a cache that is known can be used meanwhile.
     pub fn first_contact(&self, timeout: Duration) -> Result<(), FirstContact> {
+        self.contact(timeout, |facts| facts.contact.is_none())
+    }
+
+    /// The same, but waits for one attempt only, where that fails at once.
+    ///
+    /// # Errors
+    /// See [`Handle::first_contact`].
+    pub fn first_attempt(&self, timeout: Duration) -> Result<(), FirstContact> {
+        self.contact(timeout, |facts| facts.contact.is_none() && facts.last_error.is_none())
+    }
+
+    fn contact(
+        &self,
+        timeout: Duration,
+        waiting: impl FnMut(&mut Facts) -> bool,
+    ) -> Result<(), FirstContact> {
         let facts = self.0.facts();
-        // What is in a cache need not wait for a second attempt.
-        let known = self.0.cache.state.facts().volume_id() != 0;
-        let waiting =
-            |facts: &mut Facts| facts.contact.is_none() && !(known && facts.last_error.is_some());
         let (facts, _) = self
             .0
             .changed

@@ -290,7 +290,8 @@ impl Filter {
 
     /// The object for the kernel.
     pub fn found(&self, stat: Stat, meta: &Meta) -> Found {
-        let keep = stat.nlink > 0;
+        // What is answered although it is stale is asked for anew each time.
+        let keep = stat.nlink > 0 && self.cache.current(meta);
         Found { fid: meta.fid, stat: shown(stat, meta), keep }
     }
 }

@@ -286,6 +286,15 @@ impl Adapter {
         }
     }
 
+    /// Where the daemon always moves the data, and what is here is what the server has.
+    fn keeps_pages(&self, open: &Open) -> bool {
+        let current = || {
+            let meta = self.filter.cache.tree.meta_of(&open.fd);
+            meta.is_ok_and(|meta| meta.is_some_and(|meta| self.filter.cache.current(&meta)))
+        };
+        !self.filter.passthrough.load(Ordering::Relaxed) && current()
+    }
+
     fn close(&self, fh: FileHandle) -> Result<()> {
         let Some(handle) = held(&self.handles).open.remove(&fh.0) else { return Ok(()) };
         // Under the lock that opens take: a new first handle must not find the old backing.
@@ -297,12 +306,12 @@ impl Adapter {
     }
 }
 
-fn flags_of(writer: bool, passthrough_off: bool) -> FopenFlags {
+fn flags_of(writer: bool, keeps_pages: bool) -> FopenFlags {
     let mut flags = FopenFlags::empty();
     // A reader's close tells us nothing.
     flags.set(FopenFlags::FOPEN_NOFLUSH, !writer);
-    // Where the daemon always moves the data, the kernel's pages are as good as a promise.
-    flags.set(FopenFlags::FOPEN_KEEP_CACHE, passthrough_off);
+    // Then the kernel's pages are as good as a promise.
+    flags.set(FopenFlags::FOPEN_KEEP_CACHE, keeps_pages);
     flags
 }
 
@@ -601,8 +610,7 @@ impl Filesystem for Fuse {
             move |a, result| match result {
                 Ok(open) => {
                     let backing = a.backing(&open, || reply.open_backing(&open.fd));
-                    let never = !a.filter.passthrough.load(Ordering::Relaxed);
-                    let flags = flags_of(writer, never);
+                    let flags = flags_of(writer, a.keeps_pages(&open));
                     let fh = a.add(open, writer);
                     match backing {
                         Some(id) => reply.opened_passthrough(fh, flags, &id),
@@ -638,8 +646,7 @@ impl Filesystem for Fuse {
             move |a, result| match result {
                 Ok((found, open)) => {
                     let backing = a.backing(&open, || reply.open_backing(&open.fd));
-                    let never = !a.filter.passthrough.load(Ordering::Relaxed);
-                    let flags = flags_of(writer, never);
+                    let flags = flags_of(writer, a.keeps_pages(&open));
                     let fh = a.add(open, writer);
                     let at = attr(&found);
                     match backing {

@@ -75,8 +75,9 @@ impl Filter {
                     Err(Errno::NOENT) => return Ok(None),
                     Err(e) => return Err(e.into()),
                 };
-                let keep = self.valid(&meta) && kind.is_none_or(|k| k == stat.kind());
-                Found { keep, ..self.found(stat, &meta) }
+                let found = self.found(stat, &meta);
+                let keep = found.keep && kind.is_none_or(|k| k == found.stat.kind());
+                Found { keep, ..found }
             }
         };
         Ok(Some(Listed { name: name.to_vec(), found, next }))

@@ -47,7 +47,9 @@ pub(super) fn time(time: Time) -> SetTime {
     SetTime::At(time.sec, time.nsec)
 }
 
-/// Puts an object as the server has it into the cache, where it stands already.
+/// Puts an object as the server has it into the cache, where it stands already. Of one that was
+/// stale the kernel keeps nothing, and is told nothing: it may be asking for it at this moment, and
+/// would drop the answer to a question from before a notice.
 ///
 /// # Errors
 /// The backing file system failed. An object that is not in the cache is no error.
@@ -56,10 +58,13 @@ pub fn set_object(cache: &Cache, object: &Remote, mark: Seq) -> Result<Vec<Notic
     let is_dir = Kind::of(object.attr.mode) == Kind::Dir;
     if let Some(dir) = cache.tree.cached_dir(fid).filter(|_| is_dir) {
         let _locked = cache.tree.lock_objects(&[fid]);
+        let known = cache.current(&dir.meta());
         update_dir(cache, &dir, object, mark, false)?;
-        return Ok(vec![Notice::Object { fid, dir: true }]);
+        return Ok(if known { vec![Notice::Object { fid, dir: true }] } else { Vec::new() });
     }
+    let mut known = false;
     let done = at_place(cache, fid, |dir, name, meta| {
+        known = cache.current(&meta);
         let stat = fs::stat(dir, name.as_bytes())?;
         if stat.kind() == Kind::of(object.attr.mode) {
             update(cache, dir, name, meta, object, mark)?;
@@ -67,8 +72,8 @@ pub fn set_object(cache: &Cache, object: &Remote, mark: Seq) -> Result<Vec<Notic
         Ok(())
     });
     match not_gone(done)? {
-        Some(()) => Ok(vec![Notice::Object { fid, dir: is_dir }]),
-        None => Ok(Vec::new()),
+        Some(()) if known => Ok(vec![Notice::Object { fid, dir: is_dir }]),
+        _ => Ok(Vec::new()),
     }
 }
 

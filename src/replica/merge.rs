@@ -137,11 +137,15 @@ pub fn finish_listing(
         }
     }
     let _locked = cache.tree.lock_objects(&[dir.fid]);
+    let known = cache.current(&dir.meta());
     hydrate::update_dir(cache, &dir, &object, mark, true)?;
     if kept || !fresh {
         cache.tree.edit_dir(&dir, |meta| meta.stale = true)?;
     }
-    notices.push(Notice::Object { fid: dir.fid, dir: true });
+    // else the kernel keeps nothing of it, as with set_object
+    if known {
+        notices.push(Notice::Object { fid: dir.fid, dir: true });
+    }
     Ok(notices)
 }
 

@@ -14,9 +14,10 @@ use crate::common::compare::xattrs;
 use crate::common::tree::{acl, every_byte, set_mtime, set_xattr};
 use crate::common::{NOBODY, as_nobody, command, run};
 
-/// Name, whether only root can do it, and what it does; each runs in an empty directory.
-#[allow(clippy::type_complexity)] // a table, written out
-pub const CHECKS: &[(&str, bool, fn(&Place))] = &[
+/// Name, whether only root can do it, and what it does in an empty directory.
+type Check = (&'static str, bool, fn(&Place));
+
+pub const CHECKS: &[Check] = &[
     ("unlinked-files", false, data::unlinked_files),
     ("open-flags", false, data::open_flags),
     ("direct", false, data::direct),

@@ -138,8 +138,9 @@ pub fn mapped(p: &Place) {
     assert_eq!(&bytes, b"mapped");
     file.write_all_at(b"written", 9000).unwrap();
     assert_eq!(&map[9000..9007], b"written");
-    // changed through the mapping after the descriptor is closed, without any call
+    // changed through the mapping after the descriptor is closed and all is shipped, without a call
     drop(file);
+    p.sync();
     map[700_000..700_004].copy_from_slice(b"late");
     map.flush().unwrap();
     drop(map);

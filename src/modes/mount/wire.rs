@@ -125,14 +125,15 @@ pub fn meet(
     source: &Source,
     timeout: Duration,
 ) -> anyhow::Result<()> {
-    let Err(e) = handle.first_contact(timeout) else { return Ok(()) };
+    let facts = cache.state.facts();
+    let known = facts.volume_id() != 0;
+    let met = if known { handle.first_attempt(timeout) } else { handle.first_contact(timeout) };
+    let Err(e) = met else { return Ok(()) };
     let exit = match &e {
         FirstContact::Unreachable { .. } => Exit::Unreachable,
         FirstContact::UnknownVolume { .. } => Exit::NotFound,
         _ => Exit::Refused,
     };
-    let facts = cache.state.facts();
-    let known = facts.volume_id() != 0;
     if exit == Exit::Unreachable && known {
         if facts.source != source.to_string() {
             let what = format!("{e}, and the cache is that of {}", facts.source);
