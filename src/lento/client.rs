@@ -642,8 +642,11 @@ impl Client {
         self.ship(now);
     }
 
-    /// Ship what there is, whatever its age.
+    /// Ship what there is, whatever its age; somebody waits, so a server that is away is tried now.
     pub fn on_ship_now(&mut self, now: Instant) {
+        if let State::Away { retry_at } = &mut self.state {
+            *retry_at = now;
+        }
         self.shipper.ask_all();
         self.ship(now);
     }

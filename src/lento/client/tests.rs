@@ -159,6 +159,9 @@ fn reconnects_with_growing_pauses() {
         assert_eq!(rig.effects(), []);
         rig.now = retry_at;
     }
+    rig.client.on_closed(rig.now);
+    rig.client.on_ship_now(rig.now);
+    assert_eq!(rig.client.wake_at(), rig.now, "who waits does not wait for the pause");
     assert!(pauses[0] < Duration::from_millis(200) && pauses[11] >= policy::RETRY_MAX / 2);
     rig.connect();
     rig.welcome(0);

@@ -7,7 +7,7 @@ use anyhow::Context;
 
 use crate::cli::options::Source;
 use crate::kml::codec::Outcome;
-use crate::kml::log::{Log, Options};
+use crate::kml::log::{Log, LogError, Options};
 use crate::kml::writers::Writers;
 use crate::modes::{Exit, Failure, fail};
 use crate::presto::filter::Filter;
@@ -74,7 +74,19 @@ pub fn open(dir: &Path, source: &Source, volume: &str) -> anyhow::Result<Opened>
     let facts = state.facts();
     let kml = own.join("kml");
     std::fs::create_dir_all(&kml).with_context(|| kml.display().to_string())?;
-    let log = Log::open_or_create(&kml, 0, facts.incarnation(), Options::default())?;
+    let log = Log::open_or_create(&kml, 0, facts.incarnation(), Options::default());
+    let log = log.map_err(|e| match e {
+        e @ LogError::Corrupt { .. } => {
+            let what = format!(
+                "{e}; the files in {} are whole, and imz kml dump {} shows which changes the \
+                 server lacks, up to there. Keep a copy of both before anything else",
+                dir.join("tree").display(),
+                dir.display()
+            );
+            anyhow::Error::from(Failure::new(Exit::Damaged, what))
+        }
+        e => e.into(),
+    })?;
     let writers = Writers::open(&kml)?;
     let tree = Tree::open(&dir.join("tree"), &own.join("index"), facts.clean)
         .map_err(|e| anyhow::Error::from(Failure::new(Exit::NoRoom, e.to_string())))?;

@@ -135,8 +135,12 @@ impl Driver {
     }
 
     pub(super) fn note_error(&self, what: &str) {
-        log::warn!("{}: {what}", self.shared.server);
-        self.shared.facts().last_error = Some(what.to_owned());
+        let before = self.shared.facts().last_error.replace(what.to_owned());
+        if before.as_deref() == Some(what) {
+            log::debug!("{}: {what}", self.shared.server); // said already
+        } else {
+            log::warn!("{}: {what}", self.shared.server);
+        }
         self.shared.changed.notify_all();
     }
 
