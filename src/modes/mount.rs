@@ -28,6 +28,8 @@ use crate::sys::{self, cred};
 
 /// Threads that answer the kernel.
 const THREADS: usize = 2;
+/// Time between two looks at files that are written through mappings.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long an end waits for the kernel to let go.
 const END_TIME_MAX: Duration = Duration::from_secs(10);
 /// How long an end goes on shipping while the server is there; the rest waits for the next mount.
@@ -194,6 +196,7 @@ impl Running {
             lento: Arc::new(wire::Way(handle.clone())),
             files: Default::default(),
             writers: opened.writers,
+            mapped: Default::default(),
             passthrough: (settings.passthrough == Passthrough::Auto).into(),
             keep_absent: false.into(),
         });
@@ -214,6 +217,7 @@ impl Running {
             )?
         };
         watch(mounted, signals, &tell)?;
+        watch_mapped(&filter)?;
         Ok(Running { mountpoint, filter, handle, server, control, events })
     }
 
@@ -235,6 +239,7 @@ impl Running {
         }
         // The kernel may have dropped its last words with the mount.
         self.filter.store_all();
+        self.filter.look_at_mapped();
         let patience = if self.handle.status().connected { SHIP_TIME_MAX } else { Duration::ZERO };
         self.handle.shutdown(patience);
         if let Some(server) = self.server {
@@ -259,6 +264,19 @@ fn watch(mounted: fuse::Mounted, mut signals: Signals, tell: &Sender<Event>) -> 
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         while signals.wait().is_ok() {
             let _ = signalled.send(Event::Signal);
+        }
+    })?;
+    Ok(())
+}
+
+/// Looks after what is written through mappings, as long as the mount lives.
+fn watch_mapped(filter: &Arc<Filter>) -> anyhow::Result<()> {
+    let filter = Arc::downgrade(filter);
+    std::thread::Builder::new().name("mapped".into()).spawn(move || {
+        while let Some(filter) = filter.upgrade() {
+            filter.look_at_mapped();
+            drop(filter);
+            std::thread::sleep(LOOK_EVERY);
         }
     })?;
     Ok(())

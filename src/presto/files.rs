@@ -5,6 +5,7 @@
 //! writer), fsync and release (for what a mapping changed later). A table that outlives the
 //! process names the files that are open for writing: after a kill they are stored anew.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -216,21 +217,28 @@ impl Filter {
     pub fn store_what_was_open(&self) -> Result<usize> {
         let listed = self.writers.listed();
         for fid in &listed {
-            let Ok(fd) = self.cache.tree.open_object(*fid, o::RDONLY) else { continue };
-            let stat = fs::fstat(&fd)?;
-            let meta = self.cache.tree.meta_of(&fd)?.ok_or(Errno::STALE)?;
-            let mark = Mark::of(&fs::Stat::default());
-            let (passthrough, writable, blocks) = (meta.complete, false, stat.blocks);
-            let way = || Ok::<_, Stop>(Way { fd, passthrough, writable, mark, blocks });
-            let open = self.files.open(*fid, false, way)?;
-            // Of a file that is not all here, whatever is here may have been written.
-            for range in meta.present(stat.size) {
-                open.wrote(range.at, range.len);
+            if let Ok(fd) = self.cache.tree.open_object(*fid, o::RDONLY) {
+                self.store_anew(*fid, fd)?;
             }
-            self.store(&open)?;
-            self.files.close(&open, false);
         }
         Ok(listed.len())
+    }
+
+    /// Journals all the data of a file that nobody else has open.
+    pub fn store_anew(&self, fid: Fid, fd: OwnedFd) -> Result<()> {
+        let stat = fs::fstat(&fd)?;
+        let meta = self.cache.tree.meta_of(&fd)?.ok_or(Errno::STALE)?;
+        let mark = Mark::of(&fs::Stat::default());
+        let (passthrough, writable, blocks) = (meta.complete, false, stat.blocks);
+        let way = || Ok::<_, Stop>(Way { fd, passthrough, writable, mark, blocks });
+        let open = self.files.open(fid, false, way)?;
+        // Of a file that is not all here, whatever is here may have been written.
+        for range in meta.present(stat.size) {
+            open.wrote(range.at, range.len);
+        }
+        let stored = self.store(&open);
+        self.files.close(&open, false);
+        stored
     }
 }
 

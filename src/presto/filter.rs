@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::mapped::Mapped;
 use super::open::{Open, OpenFiles};
 use crate::kml::codec::Outcome;
 use crate::kml::log::LogError;
@@ -103,6 +104,7 @@ pub struct Filter {
     pub files: OpenFiles,
     /// which files are open for writing: outlives the process
     pub writers: Writers,
+    pub mapped: Mapped,
     /// data may move without the daemon
     pub passthrough: AtomicBool,
     /// the kernel may keep the absence of a name: it can be told to look again

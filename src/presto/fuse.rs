@@ -299,8 +299,15 @@ impl Adapter {
         let Some(handle) = held(&self.handles).open.remove(&fh.0) else { return Ok(()) };
         // Under the lock that opens take: a new first handle must not find the old backing.
         let mut backings = held(&self.backings);
-        if self.filter.close(&handle.open, handle.writer)? {
+        let last = self.filter.close(&handle.open, handle.writer)?;
+        if last {
             backings.remove(&handle.open.fid);
+        }
+        drop(backings);
+        let (fid, writer) = (handle.open.fid, handle.writer && handle.open.passthrough);
+        drop(handle); // it can write, too
+        if last && writer {
+            self.filter.watch_if_mapped(fid);
         }
         Ok(())
     }

@@ -8,6 +8,7 @@
 //!  attrs.rs   operations on attributes
 //!  files.rs   operations on open files
 //!  open.rs    the table of open files
+//!  mapped.rs  files that are closed, and written to through mappings
 //! ```
 //!
 //! An operation is a plain function that either ends or stops with a [`filter::Stop`]: an errno,
@@ -19,5 +20,6 @@ pub mod attrs;
 pub mod files;
 pub mod filter;
 pub mod fuse;
+pub mod mapped;
 pub mod names;
 pub mod open;

@@ -180,7 +180,7 @@ pub fn open_backing(dir: impl std::os::fd::AsFd, name: &[u8]) -> fs::Result<(Own
     }
 }
 
-fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 

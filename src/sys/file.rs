@@ -1,13 +1,17 @@
-//! Files: room on the disk, and directories that are durable.
+//! Files: room on the disk, who else writes to them, and directories that are durable.
 //!
 //! Absent on purpose: locks of whole files, which std has (`File::try_lock` is flock(2)).
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
+
+/// fcntl(2): which signal tells of a lease that is broken; not in libc.
+const F_SETSIG: i32 = 10;
 
 /// Makes `file` `len` bytes long, of zeros that have their room on the disk. Durable on return: no.
 ///
@@ -28,6 +32,24 @@ pub fn allocate(file: &mut File, len: u64) -> io::Result<()> {
         }
         other => Ok(other?),
     }
+}
+
+/// Whether somebody else has the file open, or mapped, for writing. `file` is open for reading
+/// only. False where the file system has no leases.
+#[allow(unsafe_code)]
+pub fn has_writer(file: BorrowedFd) -> bool {
+    let (fd, lease) = (file.as_raw_fd(), libc::F_SETLEASE);
+    // SAFETY: fcntl with integers, on a descriptor that is borrowed for all of the calls.
+    unsafe {
+        // Who opens the file for writing in this instant breaks the lease, and we are told by a
+        // signal. The default one ends a process; nobody minds this one.
+        libc::fcntl(fd, F_SETSIG, libc::SIGURG);
+        if libc::fcntl(fd, lease, libc::F_RDLCK) == 0 {
+            libc::fcntl(fd, lease, libc::F_UNLCK);
+            return false;
+        }
+    }
+    Errno::from_io_error(&io::Error::last_os_error()) == Some(Errno::AGAIN)
 }
 
 /// Makes the entries of a directory durable.

@@ -206,6 +206,7 @@ impl<F: Fn() + Send + Sync> Answer for Told<F> {
 
     fn ship_now(&self) -> u64 {
         self.filter.store_all();
+        self.filter.look_at_mapped();
         self.handle.ship_now().0
     }
 
