@@ -28,11 +28,22 @@ impl Filter {
             let wish = super::attrs::Wish { size: Some(0), ..Default::default() };
             self.setattr(by, fid, wish)?;
         }
+        let open = self.open_found(fid, writer)?;
+        if writer && !open.writable {
+            self.close(&open, writer).1?;
+            return Err(Errno::ROFS.into());
+        }
+        Ok(open)
+    }
+
+    fn open_found(&self, fid: Fid, writer: bool) -> Result<Arc<Open>> {
+        // So that a file that is to be written stays as it is found.
+        let _object = self.cache.tree.lock_objects(&[fid]);
         let object = self.here(fid)?;
         if object.stat.kind() != Kind::File {
             return Err(Errno::INVAL.into());
         }
-        if object.stat.size <= WHOLE_LEN_MAX
+        if (object.stat.size <= WHOLE_LEN_MAX || object.is_read_by_kernel())
             && let Some(miss) = missing(&object.meta, 0, u64::MAX)
         {
             return Err(miss);
@@ -48,12 +59,7 @@ impl Filter {
             let passthrough = able && complete && writable;
             Ok(Way { fd, passthrough, writable, mark, blocks })
         };
-        let open = self.open_handle(fid, writer, way)?;
-        if writer && !open.writable {
-            self.close(&open, writer)?;
-            return Err(Errno::ROFS.into());
-        }
-        Ok(open)
+        self.open_handle(fid, writer, way)
     }
 
     /// One more handle; a writer is noted where a kill cannot erase it.
@@ -73,20 +79,22 @@ impl Filter {
                     self.files.close(&open, writer);
                     return Err(Errno::NFILE.into());
                 }
+                self.cache.begin_writing(fid, open.clone());
             }
         }
         Ok(open)
     }
 
-    /// Closes one handle. True when it was the object's last.
-    pub fn close(&self, open: &Open, writer: bool) -> Result<bool> {
+    /// Closes one handle, in any case. True when it was the object's last.
+    pub fn close(&self, open: &Open, writer: bool) -> (bool, Result<()>) {
         let stored = if writer { self.store(open) } else { Ok(()) };
         let Closed { last, slot } = self.files.close(open, writer);
         // A store that failed leaves its note: the next start stores the file.
         if let (Some(slot), Ok(())) = (slot, &stored) {
             self.writers.release(slot);
+            self.cache.end_writing(open.fid);
         }
-        stored.map(|()| last)
+        (last, stored)
     }
 
     /// Journals that the file's data changed, if they did since the last such record.
@@ -95,14 +103,14 @@ impl Filter {
         let stat = fs::fstat(&open.fd)?;
         let mark = Mark::of(&stat);
         let mut state = open.state();
-        if state.stored == mark || stat.nlink == 0 {
+        if (state.stored == mark && !state.changed) || stat.nlink == 0 {
             return Ok(());
         }
         let meta = self.cache.tree.meta_of(&open.fd)?.ok_or(Errno::STALE)?;
-        // What was written in passthrough is not known: then it is the whole file.
+        // What was written in passthrough is not known: then it is all that is here.
         let ranges = match &state.dirty {
             Some(ranges) if !meta.complete => within(ranges, stat.size),
-            _ => within(&[Range { at: 0, len: stat.size }], stat.size),
+            _ => within(&meta.present(stat.size), stat.size),
         };
         let mtime = Time { sec: stat.mtime.0, nsec: stat.mtime.1 };
         let (fid, base, size, old_size) = (open.fid, meta.stamp, stat.size, state.stored.size);
@@ -116,7 +124,7 @@ impl Filter {
             let op = Op::Setxattr { fid, base, name, old: Some(value.clone()), value };
             self.change(by, path, op, |_| Ok(()))?;
         }
-        state.stored = mark;
+        (state.stored, state.changed) = (mark, false);
         self.cache.note_held(stat.blocks * 512, state.held_blocks * 512);
         state.held_blocks = stat.blocks;
         if let Some(ranges) = &mut state.dirty {
@@ -172,8 +180,8 @@ impl Filter {
     /// A write that comes to the daemon. `kill`: the kernel wants set-id bits gone.
     pub fn write(&self, by: Caller, open: &Open, at: u64, bytes: &[u8], kill: bool) -> Result<u32> {
         let end = at.checked_add(bytes.len() as u64).ok_or(Errno::FBIG)?;
-        self.bytes_here(open, at, end - at)?;
         let _object = self.cache.tree.lock_objects(&[open.fid]);
+        self.bytes_here(open, at, end - at)?;
         if kill {
             self.drop_set_id(by, open.fid)?;
         }
@@ -184,9 +192,10 @@ impl Filter {
 
     pub fn fallocate(&self, open: &Open, mode: u32, at: u64, len: u64) -> Result<()> {
         // Holes, zeros and shifts change bytes that must be here to be kept right.
-        self.bytes_here(open, 0, u64::MAX)?;
         let _object = self.cache.tree.lock_objects(&[open.fid]);
+        self.bytes_here(open, 0, u64::MAX)?;
         fs::fallocate(&open.fd, mode, at, len)?;
+        open.wrote(at, len);
         Ok(())
     }
 
@@ -204,10 +213,10 @@ impl Filter {
     }
 
     pub fn copy_range(&self, from: (&Open, u64), to: (&Open, u64), len: u64) -> Result<u32> {
+        let _objects = self.cache.tree.lock_objects(&[from.0.fid, to.0.fid]);
         self.bytes_here(from.0, from.1, len)?;
         self.bytes_here(to.0, to.1, len)?;
         let len = len.min(1 << 30) as usize;
-        let _objects = self.cache.tree.lock_objects(&[from.0.fid, to.0.fid]);
         let copied = fs::copy_range(&from.0.fd, from.1, &to.0.fd, to.1, len)?;
         to.0.wrote(to.1, copied as u64);
         Ok(copied as u32)

@@ -141,6 +141,11 @@ impl Object {
         }
     }
 
+    /// The kernel reads the file by itself for those who have it open.
+    pub fn is_read_by_kernel(&self) -> bool {
+        matches!(&self.spot, Spot::Open(open) if open.passthrough)
+    }
+
     /// Its attributes as they are now.
     pub fn stat_again(&self) -> fs::Result<Stat> {
         match &self.spot {
@@ -292,7 +297,7 @@ impl Filter {
 
     /// The object for the kernel.
     pub fn found(&self, stat: Stat, meta: &Meta) -> Found {
-        // What is answered although it is stale is asked for anew each time.
+        // What is answered for want of better must be asked for again: no notice ends it.
         let keep = stat.nlink > 0 && self.cache.current(meta);
         Found { fid: meta.fid, stat: shown(stat, meta), keep }
     }
@@ -301,8 +306,12 @@ impl Filter {
 /// The attributes that applications see: the server counts names that are not here.
 pub fn shown(mut stat: Stat, meta: &Meta) -> Stat {
     stat.ino = meta.fid.0;
-    if meta.nlink > 0 && stat.nlink > 0 && !(stat.kind() == Kind::Dir && meta.complete) {
-        stat.nlink = stat.nlink.max(meta.nlink);
+    if meta.nlink > 0 && stat.nlink > 0 {
+        match stat.kind() {
+            Kind::Dir if meta.complete => {}
+            Kind::Dir => stat.nlink = stat.nlink.max(meta.nlink),
+            _ => stat.nlink = meta.nlink,
+        }
     }
     stat
 }

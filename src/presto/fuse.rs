@@ -299,7 +299,7 @@ impl Adapter {
         let Some(handle) = held(&self.handles).open.remove(&fh.0) else { return Ok(()) };
         // Under the lock that opens take: a new first handle must not find the old backing.
         let mut backings = held(&self.backings);
-        let last = self.filter.close(&handle.open, handle.writer)?;
+        let (last, stored) = self.filter.close(&handle.open, handle.writer);
         if last {
             backings.remove(&handle.open.fid);
         }
@@ -309,7 +309,7 @@ impl Adapter {
         if last && writer {
             self.filter.watch_if_mapped(fid);
         }
-        Ok(())
+        stored
     }
 }
 
@@ -451,15 +451,14 @@ impl Filesystem for Fuse {
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let name = name.as_bytes().to_vec();
         self.run(
-            move |a| a.filter.lookup(Fid(parent.0), &name),
-            |a, result| match result {
-                Err(Errno::NOENT) if a.filter.keep_absent.load(Ordering::Relaxed) => {
-                    // Inode 0: the kernel may keep the absence, too.
-                    let none = Found { fid: Fid(0), stat: Default::default(), keep: true };
-                    reply.entry(&KEEP, &attr(&none), GENERATION);
+            move |a| match a.filter.lookup(Fid(parent.0), &name) {
+                // Inode 0: the kernel may keep the absence, too.
+                Err(Stop::Errno(Errno::NOENT)) if a.filter.may_keep_absence(Fid(parent.0)) => {
+                    Ok(Found { fid: Fid(0), stat: Default::default(), keep: true })
                 }
-                result => entry(reply, result),
+                result => result,
             },
+            |_, result| entry(reply, result),
         );
     }
 
@@ -742,7 +741,7 @@ impl Filesystem for Fuse {
     }
 
     fn fsync(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, _data: bool, reply: ReplyEmpty) {
-        self.run(move |a| a.filter.fsync(&a.handle(fh)?.open), |_, result| empty(reply, result));
+        self.sync(move |a| a.filter.fsync(&a.handle(fh)?.open), reply);
     }
 
     fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {

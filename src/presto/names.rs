@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::filter::{Filter, Found, Result};
+use super::filter::{Filter, Found, Result, shown};
 use super::open::{Mark, Open, Way};
 use crate::kml::record::{Fid, Gone, Name, Op, Over, TARGET_LEN_MAX};
 use crate::replica::meta::Meta;
@@ -28,7 +28,14 @@ impl Filter {
         // imz's own names are not there for anybody.
         let name = self.name(parent, name).map_err(hide)?;
         let (stat, meta) = self.entry_here(&dir, &name)?;
-        Ok(self.found(stat, &meta))
+        let found = self.found(stat, &meta);
+        Ok(Found { keep: found.keep && self.cache.current(&dir.meta()), ..found })
+    }
+
+    /// Whether the kernel may be told for good that a name is not in the directory.
+    pub fn may_keep_absence(&self, dir: Fid) -> bool {
+        self.keep_absent.load(Ordering::Relaxed)
+            && self.cache.tree.dir(dir).is_ok_and(|dir| self.cache.current(&dir.meta()))
     }
 
     /// Entries of the directory from `offset` on, until `take` says false. `.` and `..` too.
@@ -76,7 +83,8 @@ impl Filter {
                     Err(e) => return Err(e.into()),
                 };
                 let found = self.found(stat, &meta);
-                let keep = found.keep && kind.is_none_or(|k| k == found.stat.kind());
+                let is_same = kind.is_none_or(|k| k == found.stat.kind());
+                let keep = found.keep && is_same && self.cache.current(&dir.meta());
                 Found { keep, ..found }
             }
         };
@@ -210,6 +218,7 @@ impl Filter {
             if meta.nlink > 1 && stat.nlink > 1 {
                 self.count_names(&dir, &name, -1)?;
             }
+            self.keep_content(&dir, &name, &stat, &meta)?;
             self.cache.tree.unlink(&dir, &name, meta.fid, when)?;
             self.note_gone(&stat);
             Ok(())
@@ -222,7 +231,9 @@ impl Filter {
             Kind::Symlink => Some(fs::readlink(dir, name.as_bytes())?),
             _ => None,
         };
-        Ok(Gone { fid: meta.fid, base: meta.stamp, attr: attr_of(stat), target })
+        // With the server's count of names: what is no last name must not pass for one.
+        let attr = attr_of(&shown(stat.clone(), meta));
+        Ok(Gone { fid: meta.fid, base: meta.stamp, attr, target })
     }
 
     pub fn rmdir(&self, by: Caller, parent: Fid, name: &[u8]) -> Result<()> {
@@ -284,6 +295,9 @@ impl Filter {
             {
                 self.count_names(&new_dir, &new, -1)?;
             }
+            if let (RenameMode::Replace, Some((s, m))) = (mode, &there) {
+                self.keep_content(&new_dir, &new, s, m)?;
+            }
             let (from, to) = ((&*old_dir, &old), (&*new_dir, &new));
             self.cache.tree.rename(from, to, fid, other, mode, when)?;
             if let (RenameMode::Replace, Some((stat, _))) = (mode, &there) {
@@ -291,6 +305,18 @@ impl Filter {
             }
             Ok(())
         })
+    }
+
+    /// The last name that is here is about to go, but the server has others: what it lacks of the
+    /// contents is kept until it is shipped.
+    fn keep_content(&self, dir: &Dir, name: &Name, stat: &Stat, meta: &Meta) -> Result<()> {
+        let is_last = stat.kind() == Kind::File && stat.nlink == 1 && meta.nlink > 1;
+        let is_wanted =
+            || self.cache.written(meta.fid).is_some() || self.cache.pending().is_dirty(meta.fid);
+        if is_last && is_wanted() {
+            self.cache.limbo.keep(dir, name.as_bytes(), meta.fid)?;
+        }
+        Ok(())
     }
 
     /// A name went: with the last one the room is free again.

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::kml::record::{Fid, RANGES_MAX, Range};
 use crate::kml::writers::Slot;
+use crate::replica::cache::Written;
 use crate::sys::fs::{self, Stat, o};
 
 /// An object that is open.
@@ -32,23 +33,25 @@ pub struct OpenState {
     pub slot: Option<Slot>,
     /// the file as the last store record had it
     pub stored: Mark,
+    /// the data have changed since then, whatever the mark says
+    pub changed: bool,
     /// room that it took then, in blocks of 512 bytes
     pub held_blocks: u64,
     /// what was written through the daemon since then; all of the file when `None`
     pub dirty: Option<Vec<Range>>,
 }
 
-/// By what a change of the data shows.
+/// By what a change of the data shows. Not by the ctime: our own notes on the object move it, and
+/// so do its renames and links, at the server's word, too.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Mark {
     pub size: u64,
     mtime: (i64, u32),
-    ctime: (i64, u32),
 }
 
 impl Mark {
     pub fn of(stat: &Stat) -> Mark {
-        Mark { size: stat.size, mtime: stat.mtime, ctime: stat.ctime }
+        Mark { size: stat.size, mtime: stat.mtime }
     }
 }
 
@@ -59,16 +62,31 @@ impl Open {
 
     /// Notes bytes that were written through the daemon.
     pub fn wrote(&self, at: u64, len: u64) {
-        if let Some(ranges) = &mut self.state().dirty {
+        let mut state = self.state();
+        state.changed = true;
+        if let Some(ranges) = &mut state.dirty {
             add_range(ranges, Range { at, len });
         }
     }
 
-    /// Takes note of a change of attributes alone: it is no change of the data.
+    /// Takes note of a change of attributes alone: it is no change of the data, and hides none
+    /// that was made before.
     pub fn attributes_changed(&self, before: &Stat, after: &Stat) {
         let mut state = self.state();
-        if state.stored == Mark::of(before) {
-            state.stored = Mark::of(after);
+        state.changed |= state.stored != Mark::of(before);
+        state.stored = Mark::of(after);
+    }
+}
+
+impl Written for Open {
+    fn is_unsaved(&self) -> bool {
+        let mut state = self.state();
+        state.changed |= fs::fstat(&self.fd).is_ok_and(|stat| state.stored != Mark::of(&stat));
+        state.changed
+    }
+    fn taken_over(&self) {
+        if let Ok(stat) = fs::fstat(&self.fd) {
+            self.state().stored = Mark::of(&stat);
         }
     }
 }
@@ -125,7 +143,9 @@ impl OpenFiles {
                 let way = way()?;
                 let dirty = if way.passthrough { None } else { Some(Vec::new()) };
                 let (slot, stored, held_blocks) = (None, way.mark, way.blocks);
-                let state = OpenState { handles: 0, writers: 0, slot, stored, held_blocks, dirty };
+                let (handles, writers, changed) = (0, 0, false);
+                let state =
+                    OpenState { handles, writers, slot, stored, changed, held_blocks, dirty };
                 let open = Arc::new(Open {
                     fid,
                     fd: way.fd,

@@ -3,10 +3,11 @@
 //! One struct that the filter's threads, the loop and its worker share. It joins the parts and
 //! decides nothing: whether something may be answered from here says lento's policy.
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::limbo::Limbo;
 use super::meta::Meta;
@@ -66,6 +67,14 @@ impl Bell {
     }
 }
 
+/// A file that is open for writing.
+pub trait Written: Send + Sync {
+    /// It was written to since the last store record.
+    fn is_unsaved(&self) -> bool;
+    /// What differs now is the server's doing.
+    fn taken_over(&self);
+}
+
 pub struct Cache {
     pub tree: Tree,
     pub log: Log,
@@ -73,6 +82,8 @@ pub struct Cache {
     pub limbo: Limbo,
     pub pending: Mutex<Pending>,
     pub bell: Bell,
+    /// files that are open for writing, by how many
+    writing: Mutex<HashMap<Fid, (u32, Arc<dyn Written>)>>,
     online: AtomicBool,
     epoch: AtomicU32,
     /// data that the tree holds, bytes, about
@@ -102,6 +113,7 @@ impl Cache {
             limbo,
             pending: Mutex::new(pending),
             bell: Bell::default(),
+            writing: Mutex::default(),
             online: AtomicBool::new(false),
             epoch: AtomicU32::new(epoch),
             held_len: AtomicU64::new(held_len),
@@ -129,6 +141,33 @@ impl Cache {
         self.bell.ring();
     }
 
+    /// The file is open for writing, until [`Cache::end_writing`]. The caller holds its lock.
+    pub fn begin_writing(&self, fid: Fid, file: Arc<dyn Written>) {
+        self.writing().entry(fid).or_insert((0, file)).0 += 1;
+    }
+    /// What was written is journaled.
+    pub fn end_writing(&self, fid: Fid) {
+        let mut writing = self.writing();
+        if let Some((count, _)) = writing.get_mut(&fid) {
+            *count -= 1;
+            if *count == 0 {
+                writing.remove(&fid);
+            }
+        }
+    }
+    /// The file, if it is open for writing.
+    pub fn written(&self, fid: Fid) -> Option<Arc<dyn Written>> {
+        self.writing().get(&fid).map(|(_, file)| file.clone())
+    }
+    /// Whether something was written that is not journaled yet: it stays as it is here.
+    pub fn is_unsaved(&self, fid: Fid) -> bool {
+        self.written(fid).is_some_and(|file| file.is_unsaved())
+    }
+    fn writing(&self) -> MutexGuard<'_, HashMap<Fid, (u32, Arc<dyn Written>)>> {
+        // Whole after every statement.
+        self.writing.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// Whether no promise for the object was broken.
     pub fn current(&self, meta: &Meta) -> bool {
         !meta.stale && meta.epoch == self.epoch()
@@ -137,7 +176,10 @@ impl Cache {
     /// Whether what is here of the object may be shown: its attributes, and a directory's listing
     /// or a file's contents as far as they are complete.
     pub fn valid(&self, meta: &Meta) -> bool {
-        self.current(meta) || !self.is_online() || self.pending().is_ours(meta.fid)
+        self.current(meta)
+            || !self.is_online()
+            || self.is_unsaved(meta.fid)
+            || self.pending().is_ours(meta.fid)
     }
 
     pub fn is_online(&self) -> bool {
@@ -191,8 +233,13 @@ impl Cache {
     /// Opens an object by fid, also one that lost its last name a while ago.
     pub fn open_object(&self, fid: Fid, flags: i32) -> tree::Result<OwnedFd> {
         match self.tree.open_object(fid, flags) {
-            Err(TreeError::Gone(_)) => Ok(self.limbo.open_file(fid, flags)?),
-            found => found,
+            Err(TreeError::Gone(_)) => {}
+            found => return found,
+        }
+        match self.limbo.open_file(fid, flags) {
+            // Perhaps it was just brought back.
+            Err(Errno::NOENT) => self.tree.open_object(fid, flags),
+            found => Ok(found?),
         }
     }
 }

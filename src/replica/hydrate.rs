@@ -134,7 +134,7 @@ pub(super) fn update(
         return update_dir(cache, &open, object, mark, false);
     }
     let own = cache.pending().own(meta.fid);
-    if own.newest() > mark {
+    if own.newest() > mark || cache.is_unsaved(meta.fid) {
         if object.stamp != meta.stamp && !meta.stale {
             meta.stale = true;
             cache.tree.set_meta(dir, name, &meta)?;
@@ -143,7 +143,7 @@ pub(super) fn update(
     }
     let stat = fs::stat(dir, name.as_bytes())?;
     let before = meta.clone();
-    meta.nlink = nlink(object);
+    meta.nlink = nlink(object, stat.nlink);
     meta.epoch = cache.epoch();
     if kind == Kind::File && !same_content(&meta, &stat, object) {
         meta = Meta { nlink: meta.nlink, epoch: meta.epoch, ..stub_meta(object) };
@@ -158,7 +158,11 @@ pub(super) fn update(
             cache.tree.set_meta(dir, name, &meta)?;
         }
     }
-    set_attributes(cache, dir, name.as_bytes(), object, false)
+    set_attributes(cache, dir, name.as_bytes(), object, false)?;
+    if let Some(file) = cache.written(meta.fid) {
+        file.taken_over();
+    }
+    Ok(())
 }
 
 /// Whether the file's data here are those of the server's version. All nodes give a stored file
@@ -178,10 +182,11 @@ pub(super) fn stub_meta(object: &Remote) -> Meta {
     meta
 }
 
-pub(super) fn nlink(object: &Remote) -> u32 {
+/// The server's count of names, unless the backing file with `here` of them says the same for ever.
+pub(super) fn nlink(object: &Remote, here: u32) -> u32 {
     match Kind::of(object.attr.mode) {
         Kind::Dir => object.attr.nlink,
-        _ if object.attr.nlink > 1 => object.attr.nlink,
+        _ if object.attr.nlink > 1 || here > 1 => object.attr.nlink,
         _ => 0,
     }
 }
@@ -203,7 +208,7 @@ pub(super) fn update_dir(
         meta.complete |= listed;
         meta.stamp = meta.stamp.max(object.stamp);
         meta.epoch = epoch;
-        meta.nlink = if meta.complete { 0 } else { nlink(object) };
+        meta.nlink = if meta.complete { 0 } else { nlink(object, 0) };
     })?;
     if own.attr > mark {
         return Ok(());
@@ -306,6 +311,8 @@ pub fn write_range(
     if meta.fid != fid || meta.stamp != stamp || meta.complete {
         return Ok(());
     }
+    // Whoever writes by the kernel meanwhile must not be hidden by the times that are put back.
+    let is_unsaved = cache.is_unsaved(fid);
     let stat = fs::fstat(&fd)?;
     let capability = fs::xattr::get(&fd, b"", CAPABILITY).unwrap_or_default();
     let end = (at + bytes.len() as u64).min(meta.base_size).min(stat.size);
@@ -331,7 +338,11 @@ pub fn write_range(
         fs::chmod_fd(&fd, stat.mode)?;
     }
     let Attr { atime, mtime, .. } = attr_of(&stat);
-    Ok(fs::utimes_fd(&fd, time(atime), time(mtime))?)
+    fs::utimes_fd(&fd, time(atime), time(mtime))?;
+    if let Some(file) = cache.written(fid).filter(|_| !is_unsaved) {
+        file.taken_over();
+    }
+    Ok(())
 }
 
 /// The server changes these objects: what is here of them is not to be trusted.
@@ -368,9 +379,12 @@ pub fn acked(
     let epoch = cache.epoch();
     for (fid, stamp) in stamps {
         let done = edit(cache, *fid, |meta| {
-            // What was not current does not become so by an own change: see `same` above.
+            // What was not current does not become so by an own change; and what is changed here
+            // next must not pass for a change of a version that is not here.
             meta.stale |= meta.epoch != epoch;
-            meta.stamp = meta.stamp.max(*stamp);
+            if !meta.stale {
+                meta.stamp = meta.stamp.max(*stamp);
+            }
         });
         if let Err(e) = not_gone(done) {
             result = Err(e);

@@ -47,6 +47,14 @@ impl Limbo {
         fs::rename(dir, name, &self.fd, &to, RenameMode::NoReplace)
     }
 
+    /// What stands at `name` is to be here, too, when its name goes.
+    pub fn keep(&self, dir: impl AsFd, name: &[u8], fid: Fid) -> Result<(), Errno> {
+        match fs::link(dir, name, &self.fd, &name_of(fid)) {
+            Ok(()) | Err(Errno::EXIST) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Gives it back under a name that is free. False: it is not here.
     pub fn give(&self, fid: Fid, dir: impl AsFd, name: &[u8]) -> Result<bool, Errno> {
         match fs::rename(&self.fd, &name_of(fid), dir, name, RenameMode::NoReplace) {

@@ -18,9 +18,6 @@ use crate::kml::record::{Fid, Name, ROOT, Seq, Time};
 use crate::sys::fs::{self, Kind, RenameMode, SetTime, Stat, o};
 use crate::sys::{Errno, cred};
 
-/// Deepest directory that is searched for own changes.
-const DEPTH_MAX: usize = 4096;
-
 /// One listing under way.
 #[derive(Default)]
 pub struct Listing {
@@ -221,22 +218,32 @@ fn merge_entry(
             return Ok(());
         }
         notices.push(Notice::Entry { dir: from.fid, name: old.clone() });
-    } else if cache.limbo.give(object.fid, &**dir, name.as_bytes())? {
+    } else if take_back(cache, dir, name, object.fid)? {
         if fs::stat(&**dir, name.as_bytes())?.kind() != kind {
             cache.limbo.take(&**dir, name.as_bytes(), object.fid)?;
-            return make_stub(cache, dir, name, object);
+            cache.tree.index.remove(object.fid, dir.fid, name)?;
+            return make_stub(cache, dir, name, object, mark);
         }
-        cache.tree.index.set(object.fid, dir.fid, name);
         if kind == Kind::Dir {
             cache.tree.moved();
         }
     } else {
-        return make_stub(cache, dir, name, object);
+        return make_stub(cache, dir, name, object, mark);
     }
     match cache.tree.meta(dir, name)? {
         Some(meta) => hydrate::update(cache, dir, name, meta, object, mark),
         None => Ok(()),
     }
+}
+
+/// Puts what rests in limbo at `name`. False: it is not there.
+fn take_back(cache: &Cache, dir: &Dir, name: &Name, fid: Fid) -> Result<bool> {
+    let _moving = cache.tree.moving();
+    let came = cache.limbo.give(fid, dir, name.as_bytes())?;
+    if came {
+        cache.tree.index.set(fid, dir.fid, name);
+    }
+    Ok(came)
 }
 
 /// Gives the object that stands at `old` the name that the server has for it. False: it cannot
@@ -294,7 +301,8 @@ fn retire(
     if is_needed(cache, meta.fid, stat.kind(), mark) {
         return Ok(false);
     }
-    let has_data = stat.kind() == Kind::File && stat.blocks > 0;
+    let is_written = cache.written(meta.fid).is_some();
+    let has_data = stat.kind() == Kind::File && (stat.blocks > 0 || is_written);
     if stat.nlink > 1 && stat.kind() != Kind::Dir {
         fs::unlink(dir, raw)?;
     } else if has_data || stat.kind() == Kind::Dir {
@@ -326,28 +334,29 @@ pub fn is_needed(cache: &Cache, fid: Fid, kind: Kind, mark: Seq) -> bool {
     };
     let mut clear: HashSet<Fid> = HashSet::from([ROOT]);
     newer.into_iter().any(|start| {
-        let (mut at, mut way) = (start, Vec::new());
-        while !clear.contains(&at) && way.len() < DEPTH_MAX {
+        // All ways up: a file may have several names, and the index may know old ones.
+        let mut todo = vec![start];
+        while let Some(at) = todo.pop() {
             if at == fid {
                 return true;
             }
-            way.push(at);
-            match cache.tree.names(at).map(|mut names| names.pop()) {
-                Ok(Some((parent, _))) => at = parent,
-                _ => break,
+            if clear.insert(at) {
+                let up = cache.tree.names(at).unwrap_or_default();
+                todo.extend(up.into_iter().map(|(parent, _)| parent));
             }
         }
-        clear.extend(way);
         false
     })
 }
 
 /// Makes an object of which only the attributes are here.
-fn make_stub(cache: &Cache, dir: &Arc<Dir>, name: &Name, object: &Remote) -> Result<()> {
+fn make_stub(cache: &Cache, dir: &Arc<Dir>, name: &Name, object: &Remote, mark: Seq) -> Result<()> {
     let (raw, attr) = (name.as_bytes(), &object.attr);
     let meta = Meta {
+        // Own changes that this state lacks: it is fetched again when the server has them.
+        stale: cache.pending().own(object.fid).newest() > mark,
         epoch: cache.epoch(),
-        nlink: hydrate::nlink(object),
+        nlink: hydrate::nlink(object, 1),
         ..match Kind::of(attr.mode) {
             Kind::File => hydrate::stub_meta(object),
             Kind::Dir => Meta::stub(object.fid, object.stamp, 0),

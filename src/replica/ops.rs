@@ -148,6 +148,7 @@ impl Tree {
         if fid == other.unwrap_or_default() {
             return Ok(()); // two names of one object: POSIX leaves both
         }
+        let moving = self.moving();
         fs::rename(from.0, old, to.0, new, mode)?;
         let loose = self.index.loose(from.0.fid, old)?;
         let loose_other = self.index.loose(to.0.fid, new)?;
@@ -166,6 +167,7 @@ impl Tree {
             }
         }
         self.index.add(fid, to.0.fid, to.1)?;
+        drop(moving);
         self.moved();
         self.touch(from.0, when)?;
         self.touch(to.0, when)

@@ -63,8 +63,11 @@ pub fn settle(tree: &Tree, record: &Record, epoch: u32) -> Result<Outcome> {
         note(&tree.index, &record.op)?;
         tree.moved();
         for place in record.op.places().into_iter().flatten() {
-            let dir = tree.dir(place.dir)?;
-            tree.touch(&dir, time_of_ns(record.time_ns))?;
+            match tree.dir(place.dir) {
+                Ok(dir) => tree.touch(&dir, time_of_ns(record.time_ns))?,
+                Err(TreeError::Gone(_)) => {} // a later record removed it
+                Err(e) => return Err(e),
+            }
         }
     }
     Ok(if done { Outcome::Done } else { Outcome::Void })

@@ -11,8 +11,8 @@
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 use lru::LruCache;
 
@@ -93,9 +93,18 @@ pub struct Tree {
     names: Vec<Mutex<()>>,
     objects: Vec<Mutex<()>>,
     /// false when the index may have forgotten something: a miss then walks the tree
-    certain: AtomicBool,
+    certain: Mutex<bool>,
+    /// held while an object is between two names; the innermost of the locks
+    moving: RwLock<()>,
     /// goes up when a directory moves: paths must be found anew
     moves: AtomicU64,
+}
+
+/// One step on the way up from a directory.
+struct Step {
+    fid: Fid,
+    /// the step before, which has this name in `fid`
+    below: Option<(usize, Name)>,
 }
 
 /// Holds the locks of some objects.
@@ -131,7 +140,8 @@ impl Tree {
             dirs: Mutex::new(LruCache::new(capacity)),
             names: (0..LOCKS).map(|_| Mutex::new(())).collect(),
             objects: (0..LOCKS).map(|_| Mutex::new(())).collect(),
-            certain: AtomicBool::new(clean && !anew),
+            certain: Mutex::new(clean && !anew),
+            moving: RwLock::new(()),
             moves: AtomicU64::new(0),
         })
     }
@@ -155,48 +165,72 @@ impl Tree {
         lock_of(&self.objects, fids)
     }
 
+    /// While this is held, what has no name at the moment is not taken for gone.
+    pub fn moving(&self) -> RwLockReadGuard<'_, ()> {
+        self.moving.read().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// The directory with this fid, open.
     pub fn dir(&self, fid: Fid) -> Result<Arc<Dir>> {
-        if fid == ROOT {
-            return Ok(self.root.clone());
+        self.surely(|| self.dir_once(fid))
+    }
+
+    /// Looks for an object; what is not found was not just on its way to another name.
+    fn surely<T>(&self, look: impl Fn() -> Result<T>) -> Result<T> {
+        match look() {
+            Err(TreeError::Gone(_)) => {}
+            found => return found,
         }
-        if let Some(dir) = held(&self.dirs).get(&fid) {
-            return Ok(dir.clone());
-        }
-        match self.find_dir(fid) {
-            Err(TreeError::Gone(_)) if self.walk_once()? => self.find_dir(fid),
+        let _still = self.moving.write().unwrap_or_else(|e| e.into_inner());
+        match look() {
+            Err(TreeError::Gone(_)) if self.walk_once()? => look(),
             found => found,
         }
     }
 
-    /// Goes up to a directory that is open, then down again.
+    fn dir_once(&self, fid: Fid) -> Result<Arc<Dir>> {
+        self.cached_dir(fid).map_or_else(|| self.find_dir(fid), Ok)
+    }
+
+    /// Goes up to a directory that is open, then down again. The index may know old places, too:
+    /// all ways up are tried.
     fn find_dir(&self, fid: Fid) -> Result<Arc<Dir>> {
-        let mut way = vec![fid];
-        let mut at = loop {
-            let Some(last) = way.last().copied() else { return Err(TreeError::Gone(fid)) };
-            let (parent, _) = self.index.names(last)?.pop().ok_or(TreeError::Gone(fid))?;
-            if parent == ROOT {
-                break self.root.clone();
+        let mut steps = vec![Step { fid, below: None }];
+        let mut nth = 0;
+        while nth < steps.len() && steps.len() <= DEPTH_MAX {
+            let at = steps[nth].fid;
+            if let Some(dir) = self.cached_dir(at) {
+                if let Some(found) = self.go_down(dir, &steps, nth)? {
+                    return Ok(found);
+                }
+            } else {
+                for (parent, name) in self.index.names(at)?.into_iter().rev() {
+                    steps.push(Step { fid: parent, below: Some((nth, name)) });
+                }
             }
-            if let Some(dir) = held(&self.dirs).get(&parent) {
-                break dir.clone();
-            }
-            if way.len() > DEPTH_MAX || way.contains(&parent) {
-                return Err(TreeError::Gone(fid));
-            }
-            way.push(parent);
-        };
-        while let Some(next) = way.pop() {
-            let (_, name) = self.index.names(next)?.pop().ok_or(TreeError::Gone(fid))?;
-            at = match self.open_dir(&at, &name) {
-                Ok(dir) if dir.fid == next => dir,
+            nth += 1;
+        }
+        Err(TreeError::Gone(fid))
+    }
+
+    /// `None`: this way does not lead there any more.
+    fn go_down(
+        &self,
+        mut dir: Arc<Dir>,
+        steps: &[Step],
+        mut nth: usize,
+    ) -> Result<Option<Arc<Dir>>> {
+        while let Some((below, name)) = &steps[nth].below {
+            nth = *below;
+            dir = match self.open_dir(&dir, name) {
+                Ok(dir) if dir.fid == steps[nth].fid => dir,
                 Ok(_) | Err(TreeError::Os(Errno::NOENT | Errno::NOTDIR | Errno::LOOP)) => {
-                    return Err(TreeError::Gone(fid));
+                    return Ok(None);
                 }
                 Err(e) => return Err(e),
             };
         }
-        Ok(at)
+        Ok(Some(dir))
     }
 
     /// Opens the directory `name` in `dir`, which must have metadata.
@@ -226,15 +260,12 @@ impl Tree {
 
     /// A place where the object stands, checked, and what imz knows of it.
     pub fn find(&self, fid: Fid) -> Result<(Arc<Dir>, Name, Meta)> {
-        match self.find_indexed(fid) {
-            Err(TreeError::Gone(_)) if self.walk_once()? => self.find_indexed(fid),
-            found => found,
-        }
+        self.surely(|| self.find_indexed(fid))
     }
 
     fn find_indexed(&self, fid: Fid) -> Result<(Arc<Dir>, Name, Meta)> {
         for (parent, name) in self.index.names(fid)? {
-            let dir = match self.dir(parent) {
+            let dir = match self.dir_once(parent) {
                 Ok(dir) => dir,
                 Err(TreeError::Gone(_)) => continue,
                 Err(e) => return Err(e),
@@ -253,8 +284,16 @@ impl Tree {
         if fid == ROOT {
             return Ok(fs::reopen(&self.root, flags)?);
         }
-        let (dir, name) = self.place(fid)?;
-        Ok(fs::open(&dir, name.as_bytes(), flags, 0)?)
+        self.surely(|| {
+            let (dir, name, _) = self.find_indexed(fid)?;
+            let fd = match fs::open(&*dir, name.as_bytes(), flags, 0) {
+                Err(Errno::NOENT) => return Err(TreeError::Gone(fid)),
+                opened => opened?,
+            };
+            // Another object may have come to the name meanwhile.
+            let found = self.meta_of(&fd)?.is_some_and(|meta| meta.fid == fid);
+            if found { Ok(fd) } else { Err(TreeError::Gone(fid)) }
+        })
     }
 
     /// What imz knows of `name`; `None` when it has not seen the object yet.
@@ -375,9 +414,11 @@ impl Tree {
         self.dir(parent).map(|dir| self.path_of(&dir, &name)).unwrap_or_default()
     }
 
-    /// Walks the tree and notes where everything stands, unless the index is certain.
+    /// Walks the tree and notes where everything stands, unless the index is certain. Nothing may
+    /// move meanwhile.
     fn walk_once(&self) -> Result<bool> {
-        if self.certain.swap(true, Ordering::Relaxed) {
+        let mut certain = held(&self.certain);
+        if *certain {
             return Ok(false);
         }
         log::info!("the index of names is not certain: walking the tree");
@@ -395,6 +436,7 @@ impl Tree {
                 }
             }
         }
+        *certain = true;
         Ok(true)
     }
 

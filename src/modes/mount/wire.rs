@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::cli::MountArgs;
 use crate::cli::options::Source;
-use crate::kml::record::Seq;
+use crate::kml::record::{Fid, ROOT, Seq};
 use crate::lento::client::Unmet;
 use crate::lento::message::Space;
 use crate::modes::{Exit, Failure};
@@ -102,7 +102,13 @@ fn tell(news: &Receiver<News>, known: &OnceLock<(Kernel, Arc<Cache>)>) {
                         }
                     }
                     Notice::Entry { dir, name } => kernel.forget_entry(dir, name.as_bytes()),
-                    Notice::All => {}
+                    // Of the root there is no entry that could be looked up again.
+                    Notice::All => {
+                        kernel.forget_object(ROOT);
+                        if !kernel.has_epochs {
+                            forget_each(kernel, cache, ROOT); // each with all that is below it
+                        }
+                    }
                 }
             }
         }
@@ -111,7 +117,7 @@ fn tell(news: &Receiver<News>, known: &OnceLock<(Kernel, Arc<Cache>)>) {
 }
 
 /// For kernels that cannot forget all entries at once: those that are here, one by one.
-fn forget_each(kernel: &Kernel, cache: &Cache, dir: crate::kml::record::Fid) {
+fn forget_each(kernel: &Kernel, cache: &Cache, dir: Fid) {
     let entries = cache.tree.dir(dir).ok().and_then(|dir| fs::read_dir(&*dir).ok());
     for entry in entries.into_iter().flatten() {
         kernel.forget_entry(dir, &entry.name);

@@ -22,6 +22,7 @@ use crate::replica::cache::{Cache, CacheError};
 use crate::replica::merge::is_needed;
 use crate::replica::pending::data_len;
 use crate::replica::tree::TreeError;
+use crate::sys::Errno;
 use crate::sys::fs::{self, o};
 
 /// Most records that are optimised together.
@@ -115,7 +116,9 @@ fn keep(cache: &Cache, acked: Seq, current: Stamp) -> Result<(), CacheError> {
         cache.set_current_stamp(current)?;
     }
     cache.log.trim(acked)?;
-    let keep = |fid, stat: &fs::Stat| is_needed(cache, fid, stat.kind(), acked);
+    let keep = |fid, stat: &fs::Stat| {
+        cache.written(fid).is_some() || is_needed(cache, fid, stat.kind(), acked)
+    };
     if let Err(e) = cache.limbo.clear(LIMBO_REST, keep) {
         log::warn!("limbo: {e}");
     }
@@ -194,8 +197,16 @@ fn content(cache: &Cache, record: &Record) -> Option<Vec<u8>> {
         return None;
     }
     let mut bytes = vec![0; total as usize];
-    let Ok(file) = cache.open_object(*fid, o::RDONLY | o::NONBLOCK) else {
-        return Some(Vec::new());
+    let file = match cache.open_object(*fid, o::RDONLY | o::NONBLOCK) {
+        Ok(file) => file,
+        Err(TreeError::Gone(_) | TreeError::Os(Errno::NOENT | Errno::LOOP)) => {
+            return Some(Vec::new());
+        }
+        Err(e) => {
+            // The server asks for them, and will be told.
+            log::warn!("the contents of {fid} cannot be read: {e}");
+            return None;
+        }
     };
     let mut at = 0;
     for range in ranges {
