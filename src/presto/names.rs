@@ -232,7 +232,7 @@ impl Filter {
             _ => None,
         };
         // With the server's count of names: what is no last name must not pass for one.
-        let attr = attr_of(&shown(stat.clone(), meta));
+        let attr = attr_of(&shown(*stat, meta));
         Ok(Gone { fid: meta.fid, base: meta.stamp, attr, target })
     }
 

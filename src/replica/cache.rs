@@ -75,6 +75,9 @@ pub trait Written: Send + Sync {
     fn taken_over(&self);
 }
 
+/// Files that are open for writing, by how many.
+type Writing = HashMap<Fid, (u32, Arc<dyn Written>)>;
+
 pub struct Cache {
     pub tree: Tree,
     pub log: Log,
@@ -83,7 +86,7 @@ pub struct Cache {
     pub pending: Mutex<Pending>,
     pub bell: Bell,
     /// files that are open for writing, by how many
-    writing: Mutex<HashMap<Fid, (u32, Arc<dyn Written>)>>,
+    writing: Mutex<Writing>,
     online: AtomicBool,
     epoch: AtomicU32,
     /// data that the tree holds, bytes, about
@@ -163,7 +166,7 @@ impl Cache {
     pub fn is_unsaved(&self, fid: Fid) -> bool {
         self.written(fid).is_some_and(|file| file.is_unsaved())
     }
-    fn writing(&self) -> MutexGuard<'_, HashMap<Fid, (u32, Arc<dyn Written>)>> {
+    fn writing(&self) -> MutexGuard<'_, Writing> {
         // Whole after every statement.
         self.writing.lock().unwrap_or_else(|e| e.into_inner())
     }

@@ -138,7 +138,8 @@ impl Rig {
         self.journal(Op::Create { at, fid, mode: 0o644, umask: 0 });
         let by = Caller { uid: cred::own().0, gid: cred::own().1, umask: 0 };
         let when = Time::default();
-        self.cache.tree.create(&root, &name, by, 0o644, &Meta::whole(fid), when).unwrap();
+        let meta = Meta { epoch: self.cache.epoch(), ..Meta::whole(fid) };
+        self.cache.tree.create(&root, &name, by, 0o644, &meta, when).unwrap();
         std::fs::write(self.dir.path().join("tree").join(n), bytes).unwrap();
         let (base, size, old_size) = (Stamp(0), bytes.len() as u64, 0);
         let ranges = vec![Range { at: 0, len: size }];
