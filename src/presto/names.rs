@@ -314,7 +314,7 @@ impl Filter {
         let is_wanted =
             || self.cache.written(meta.fid).is_some() || self.cache.pending().is_dirty(meta.fid);
         if is_last && is_wanted() {
-            self.cache.limbo.keep(dir, name.as_bytes(), meta.fid)?;
+            self.cache.keep(dir, name, meta.fid)?;
         }
         Ok(())
     }

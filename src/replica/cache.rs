@@ -4,7 +4,6 @@
 //! decides nothing: whether something may be answered from here says lento's policy.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -13,10 +12,10 @@ use super::limbo::Limbo;
 use super::meta::Meta;
 use super::pending::Pending;
 use super::state::{State, StateError};
-use super::tree::{self, Tree, TreeError};
+use super::tree::{self, Dir, LIMBO, Tree, TreeError};
 use crate::kml::codec::Outcome;
 use crate::kml::log::{Log, LogError, Ticket};
-use crate::kml::record::{Fid, Record, Seq, Stamp};
+use crate::kml::record::{Fid, Name, Record, Seq, Stamp};
 use crate::sys::Errno;
 
 /// The journal's cursors: the newest record that the server keeps, the stamp up to which every
@@ -102,6 +101,8 @@ impl Cache {
     pub fn new(tree: Tree, log: Log, state: State, limbo: &Path) -> Result<Cache, CacheError> {
         let at_limbo = |source| CacheError::Limbo { path: limbo.to_owned(), source };
         let limbo = Limbo::open(limbo).map_err(at_limbo)?;
+        let (fd, resting) = limbo.resting().map_err(at_limbo)?;
+        tree.add_limbo(fd, &resting)?;
         let acked = Seq(log.cursor(ACKED));
         let mut pending = Pending::new(acked);
         for entry in log.entries(acked.next().max(log.first())) {
@@ -233,16 +234,17 @@ impl Cache {
         (self.held_len.load(Ordering::Relaxed).saturating_sub(dirty), dirty)
     }
 
-    /// Opens an object by fid, also one that lost its last name a while ago.
-    pub fn open_object(&self, fid: Fid, flags: i32) -> tree::Result<OwnedFd> {
-        match self.tree.open_object(fid, flags) {
-            Err(TreeError::Gone(_)) => {}
-            found => return found,
-        }
-        match self.limbo.open_file(fid, flags) {
-            // Perhaps it was just brought back.
-            Err(Errno::NOENT) => self.tree.open_object(fid, flags),
-            found => Ok(found?),
-        }
+    /// Moves what stands at `name` to limbo.
+    pub fn retire(&self, dir: &Dir, name: &Name, fid: Fid) -> tree::Result<()> {
+        let _moving = self.tree.moving();
+        let resting = self.limbo.take(dir, name.as_bytes(), fid)?;
+        self.tree.index.remove(fid, dir.fid, name)?;
+        Ok(self.tree.index.add(fid, LIMBO, &resting)?)
+    }
+
+    /// What stands at `name` stays in limbo when its name goes.
+    pub fn keep(&self, dir: &Dir, name: &Name, fid: Fid) -> tree::Result<()> {
+        let resting = self.limbo.keep(dir, name.as_bytes(), fid)?;
+        Ok(self.tree.index.add(fid, LIMBO, &resting)?)
     }
 }

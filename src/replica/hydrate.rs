@@ -304,7 +304,7 @@ pub fn write_range(
     granule: Option<(u64, u64)>,
 ) -> Result<()> {
     let _locked = cache.tree.lock_objects(&[fid]);
-    let Some(fd) = not_gone(cache.open_object(fid, o::RDWR | o::NONBLOCK))? else {
+    let Some(fd) = not_gone(cache.tree.open_object(fid, o::RDWR | o::NONBLOCK))? else {
         return Ok(());
     };
     let Some(mut meta) = cache.tree.meta_of(&fd)? else { return Ok(()) };

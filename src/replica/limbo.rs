@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use crate::kml::record::Fid;
+use crate::kml::record::{Fid, Name};
 use crate::sys::fs::{self, RenameMode};
 use crate::sys::{Errno, cred};
 
@@ -39,33 +39,30 @@ impl Limbo {
     }
 
     /// Moves what stands at `name` here. What was here under its fid is removed.
-    pub fn take(&self, dir: impl AsFd, name: &[u8], fid: Fid) -> Result<(), Errno> {
+    /// Its name here is returned.
+    pub fn take(&self, dir: impl AsFd, name: &[u8], fid: Fid) -> Result<Name, Errno> {
         let to = name_of(fid);
         if fs::stat(&self.fd, &to).is_ok() {
             self.remove(&to)?;
         }
-        fs::rename(dir, name, &self.fd, &to, RenameMode::NoReplace)
+        fs::rename(dir, name, &self.fd, &to, RenameMode::NoReplace)?;
+        Name::new(&to).map_err(|_| Errno::INVAL)
     }
 
     /// What stands at `name` is to be here, too, when its name goes.
-    pub fn keep(&self, dir: impl AsFd, name: &[u8], fid: Fid) -> Result<(), Errno> {
-        match fs::link(dir, name, &self.fd, &name_of(fid)) {
-            Ok(()) | Err(Errno::EXIST) => Ok(()),
+    pub fn keep(&self, dir: impl AsFd, name: &[u8], fid: Fid) -> Result<Name, Errno> {
+        let to = name_of(fid);
+        match fs::link(dir, name, &self.fd, &to) {
+            Ok(()) | Err(Errno::EXIST) => Name::new(&to).map_err(|_| Errno::INVAL),
             Err(e) => Err(e),
         }
     }
 
-    /// Gives it back under a name that is free. False: it is not here.
-    pub fn give(&self, fid: Fid, dir: impl AsFd, name: &[u8]) -> Result<bool, Errno> {
-        match fs::rename(&self.fd, &name_of(fid), dir, name, RenameMode::NoReplace) {
-            Ok(()) => Ok(true),
-            Err(Errno::NOENT) => Ok(false),
-            Err(e) => Err(e),
-        }
-    }
-
-    pub fn open_file(&self, fid: Fid, flags: i32) -> Result<OwnedFd, Errno> {
-        fs::open(&self.fd, &name_of(fid), flags, 0)
+    /// The directory itself, once more, and what rests in it.
+    pub fn resting(&self) -> Result<(OwnedFd, Vec<(Fid, Name)>), Errno> {
+        let entries = fs::read_dir(&self.fd)?;
+        let named = |name: &[u8]| Some((fid_of(name)?, Name::new(name).ok()?));
+        Ok((fs::open_root(&self.path)?, entries.iter().filter_map(|e| named(&e.name)).collect()))
     }
 
     /// Removes what has been here for `rest` or longer, unless `keep` says that it is needed.
@@ -127,10 +124,10 @@ mod tests {
         let fd = fs::open_root(&tree).unwrap();
         limbo.take(&fd, b"d", Fid(10)).unwrap();
         limbo.take(&fd, b"g", Fid(11)).unwrap();
-        assert!(limbo.open_file(Fid(11), fs::o::RDONLY).is_ok());
-        assert!(limbo.give(Fid(11), &fd, b"h").unwrap());
-        assert!(!limbo.give(Fid(11), &fd, b"i").unwrap());
-        assert_eq!(std::fs::read(tree.join("h")).unwrap(), b"data");
+        let mut resting = limbo.resting().unwrap().1;
+        resting.sort();
+        let name = |n: &[u8]| Name::new(n).unwrap();
+        assert_eq!(resting, [(Fid(10), name(b"a")), (Fid(11), name(b"b"))]);
         let hour = Duration::from_secs(3600);
         limbo.clear(hour, |_, _| false).unwrap();
         limbo.clear(Duration::ZERO, |fid, _| fid == Fid(10)).unwrap();

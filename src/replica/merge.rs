@@ -13,7 +13,7 @@ use super::cache::Cache;
 use super::hydrate::{self, Notice, Remote};
 use super::meta::Meta;
 use super::ops::time_of_ns;
-use super::tree::{Dir, OWN_NAME, Result, TreeError};
+use super::tree::{Dir, LIMBO, OWN_NAME, Result, TreeError};
 use crate::kml::record::{Fid, Name, ROOT, Seq, Time};
 use crate::sys::fs::{self, Kind, RenameMode, SetTime, Stat, o};
 use crate::sys::{Errno, cred};
@@ -218,15 +218,6 @@ fn merge_entry(
             return Ok(());
         }
         notices.push(Notice::Entry { dir: from.fid, name: old.clone() });
-    } else if take_back(cache, dir, name, object.fid)? {
-        if fs::stat(&**dir, name.as_bytes())?.kind() != kind {
-            cache.limbo.take(&**dir, name.as_bytes(), object.fid)?;
-            cache.tree.index.remove(object.fid, dir.fid, name)?;
-            return make_stub(cache, dir, name, object, mark);
-        }
-        if kind == Kind::Dir {
-            cache.tree.moved();
-        }
     } else {
         return make_stub(cache, dir, name, object, mark);
     }
@@ -234,16 +225,6 @@ fn merge_entry(
         Some(meta) => hydrate::update(cache, dir, name, meta, object, mark),
         None => Ok(()),
     }
-}
-
-/// Puts what rests in limbo at `name`. False: it is not there.
-fn take_back(cache: &Cache, dir: &Dir, name: &Name, fid: Fid) -> Result<bool> {
-    let _moving = cache.tree.moving();
-    let came = cache.limbo.give(fid, dir, name.as_bytes())?;
-    if came {
-        cache.tree.index.set(fid, dir.fid, name);
-    }
-    Ok(came)
 }
 
 /// Gives the object that stands at `old` the name that the server has for it. False: it cannot
@@ -259,7 +240,7 @@ fn bring(
     let (kind, when) = (Kind::of(object.attr.mode), fs::fstat(dir)?.mtime);
     let was = fs::fstat(from)?;
     let when = Time { sec: when.0, nsec: when.1 };
-    let is_link = kind != Kind::Dir && object.attr.nlink > 1;
+    let is_link = kind != Kind::Dir && object.attr.nlink > 1 && from.fid != LIMBO;
     let done = if fs::stat(from, old.as_bytes())?.kind() != kind {
         Ok(())
     } else if is_link {
@@ -306,7 +287,7 @@ fn retire(
     if stat.nlink > 1 && stat.kind() != Kind::Dir {
         fs::unlink(dir, raw)?;
     } else if has_data || stat.kind() == Kind::Dir {
-        cache.limbo.take(dir, raw, meta.fid)?;
+        cache.retire(dir, name, meta.fid)?;
         cache.note_held(0, stat.blocks * 512);
     } else {
         fs::unlink(dir, raw)?;
@@ -377,6 +358,8 @@ fn make_stub(cache: &Cache, dir: &Arc<Dir>, name: &Name, object: &Remote, mark: 
     }
     let filled = fill_stub(cache, dir, name, object, &meta);
     if filled.is_err() {
+    // Of one that went long ago, and comes back.
+    cache.tree.close_dir(object.fid);
         // Not half made: what was created a moment ago goes again.
         match Kind::of(attr.mode) {
             Kind::Dir => fs::rmdir(&**dir, raw)?,

@@ -277,6 +277,56 @@ mod tests {
     }
 
     #[test]
+    fn old_places_in_the_index_hide_nothing() {
+        let (_dir, tree) = tree();
+        let root = tree.root().clone();
+        let a = tree.mkdir(&root, &name("a"), ME, 0o755, &Meta::whole(Fid(10)), WHEN).unwrap();
+        let b = tree.mkdir(&a, &name("b"), ME, 0o755, &Meta::whole(Fid(11)), WHEN).unwrap();
+        tree.create(&b, &name("f"), ME, 0o666, &Meta::whole(Fid(12)), WHEN).unwrap();
+        // As recovery tells it again: where they were made, and renamed since by the server's word.
+        for (fid, parent, old) in [(10, 1, "was"), (11, 1, "b"), (11, 10, "c")] {
+            tree.index.add(Fid(fid), Fid(parent), &name(old)).unwrap();
+        }
+        tree.close_dir(Fid(10));
+        tree.close_dir(Fid(11));
+        assert_eq!(tree.place(Fid(12)).unwrap().1, name("f"));
+        assert_eq!(tree.dir(Fid(11)).unwrap().fid, Fid(11));
+        assert!(tree.dir(Fid(99)).is_err());
+    }
+
+    #[test]
+    fn an_object_is_found_while_it_moves() {
+        let (_dir, tree) = tree();
+        let root = tree.root().clone();
+        let make = |n: &str, fid| {
+            tree.create(&root, &name(n), ME, 0o666, &Meta::whole(Fid(fid)), WHEN).unwrap();
+        };
+        make("a", 10);
+        make("b", 11);
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let [a, b] = [name("a"), name("b")];
+                let (mut one, mut two) = (Fid(10), Fid(11));
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let (from, to) = ((&*root, &a), (&*root, &b));
+                    tree.rename(from, to, one, Some(two), RenameMode::Exchange, WHEN).unwrap();
+                    std::mem::swap(&mut one, &mut two);
+                }
+            });
+            for _ in 0..3000 {
+                let fd = tree.open_object(Fid(10), o::RDONLY);
+                let found = fd.and_then(|fd| tree.meta_of(&fd)).map(|meta| meta.unwrap().fid);
+                if !matches!(found, Ok(Fid(10))) {
+                    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+                }
+                assert_eq!(found.unwrap(), Fid(10));
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+    }
+
+    #[test]
     fn directories_get_the_time_of_the_record() {
         let (_dir, tree) = tree();
         let root = tree.root().clone();

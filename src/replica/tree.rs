@@ -12,7 +12,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard};
 
 use lru::LruCache;
 
@@ -27,6 +27,8 @@ const DIRS_MAX: usize = 2048;
 const LOCKS: u64 = 256;
 /// Deepest directory that can be found by its fid.
 const DEPTH_MAX: usize = 4096;
+/// The parent of what rests in limbo: no fid that is ever given.
+pub const LIMBO: Fid = Fid(u64::MAX);
 /// imz's own directory at the root of a served tree.
 pub const OWN_NAME: &[u8] = b".imz";
 /// Where a volume keeps the versions that lost a conflict.
@@ -86,6 +88,8 @@ impl AsFd for Dir {
 
 pub struct Tree {
     root: Arc<Dir>,
+    /// where objects rest that have no place in the tree: they are found by their fids, too
+    limbo: OnceLock<Arc<Dir>>,
     /// of the attribute that holds the metadata
     key: &'static [u8],
     pub index: Index,
@@ -135,6 +139,7 @@ impl Tree {
         let capacity = NonZeroUsize::new(DIRS_MAX).unwrap_or(NonZeroUsize::MIN);
         Ok(Tree {
             root: Arc::new(dir),
+            limbo: OnceLock::new(),
             key,
             index,
             dirs: Mutex::new(LruCache::new(capacity)),
@@ -153,6 +158,17 @@ impl Tree {
 
     pub fn root(&self) -> &Arc<Dir> {
         &self.root
+    }
+
+    /// Objects that rest in the directory `fd` under these names are found there.
+    pub fn add_limbo(&self, fd: OwnedFd, resting: &[(Fid, Name)]) -> Result<()> {
+        for (fid, name) in resting {
+            self.index.add(*fid, LIMBO, name)?;
+        }
+        let (meta, path) = (Mutex::new(Meta::default()), Mutex::new(None));
+        // Set once: a cache has one limbo.
+        let _ = self.limbo.set(Arc::new(Dir { fid: LIMBO, fd, meta, path }));
+        Ok(())
     }
 
     /// Locks the entries of directories. The caller holds no lock of the tree yet.
@@ -250,7 +266,11 @@ impl Tree {
 
     /// The directory, if it is open already.
     pub fn cached_dir(&self, fid: Fid) -> Option<Arc<Dir>> {
-        if fid == ROOT { Some(self.root.clone()) } else { held(&self.dirs).get(&fid).cloned() }
+        match fid {
+            ROOT => Some(self.root.clone()),
+            LIMBO => self.limbo.get().cloned(),
+            _ => held(&self.dirs).get(&fid).cloned(),
+        }
     }
 
     /// A place where the object stands, checked.

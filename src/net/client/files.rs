@@ -27,7 +27,7 @@ pub fn remote_page(page: Page) -> RemotePage {
 
 /// What is missing of `at..at + len`, and behind it; `None` when all is here.
 pub fn bytes_of(cache: &Cache, fid: Fid, at: u64, len: u64) -> Result<Option<Bytes>, TreeError> {
-    let file = cache.open_object(fid, o::RDONLY | o::NONBLOCK)?;
+    let file = cache.tree.open_object(fid, o::RDONLY | o::NONBLOCK)?;
     let Some(meta) = cache.tree.meta_of(&file)? else { return Ok(None) };
     let granule_len = meta.granule_len();
     let starts = |from: u64, to: u64| {
@@ -53,7 +53,7 @@ pub fn bytes_of(cache: &Cache, fid: Fid, at: u64, len: u64) -> Result<Option<Byt
 pub fn answer_of(cache: &Cache, read: &Read) -> Message {
     let failed = |code, what: String| Failed { code, what }.into();
     let answer = || -> Result<Message, TreeError> {
-        let file = cache.open_object(read.fid, o::RDONLY | o::NONBLOCK)?;
+        let file = cache.tree.open_object(read.fid, o::RDONLY | o::NONBLOCK)?;
         let stat = fs::fstat(&file)?;
         if stat.kind() != Kind::File {
             return Err(TreeError::Gone(read.fid));

@@ -197,7 +197,7 @@ fn content(cache: &Cache, record: &Record) -> Option<Vec<u8>> {
         return None;
     }
     let mut bytes = vec![0; total as usize];
-    let file = match cache.open_object(*fid, o::RDONLY | o::NONBLOCK) {
+    let file = match cache.tree.open_object(*fid, o::RDONLY | o::NONBLOCK) {
         Ok(file) => file,
         Err(TreeError::Gone(_) | TreeError::Os(Errno::NOENT | Errno::LOOP)) => {
             return Some(Vec::new());

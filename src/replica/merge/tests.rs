@@ -244,6 +244,89 @@ fn names_of_one_file_are_hard_links() {
 }
 
 #[test]
+fn a_name_in_limbo_is_a_name_of_the_same_file() {
+    let rig = rig();
+    let two = || {
+        let mut f = file(12, 4);
+        f.attr.nlink = 2;
+        f
+    };
+    rig.list(1, 0, vec![("d", subdir(10)), ("e", subdir(11))]);
+    rig.list(10, 0, vec![("a", two())]);
+    rig.fill(12, b"data");
+    // At the server d went into e, and the file got a name there.
+    rig.list(1, 0, vec![("e", subdir(11))]);
+    assert!(rig.limbo_has(10));
+    rig.cache.tree.close_dir(Fid(10)); // as one that was not used for a while
+    rig.list(11, 0, vec![("b", two()), ("d", subdir(10))]);
+    assert_eq!(std::fs::read(rig.path("e/b")).unwrap(), b"data");
+    rig.list(10, 0, vec![("a", two())]);
+    let ino = |p| rig.path(p).metadata().unwrap().ino();
+    assert_eq!(ino("e/b"), ino("e/d/a"));
+}
+
+#[test]
+fn the_next_life_finds_what_rests_in_limbo() {
+    let rig = rig();
+    rig.list(1, 0, vec![("f", file(12, 4))]);
+    rig.fill(12, b"data");
+    rig.list(1, 0, vec![]);
+    let dir = rig.root.parent().unwrap().to_owned();
+    rig.cache.tree.index.flush(true).unwrap();
+    drop(rig.cache);
+    std::fs::remove_file(dir.join("index")).unwrap();
+    let at = |n: &str| dir.join(n);
+    let tree = Tree::open(&at("tree"), &at("index"), true).unwrap();
+    let log = Log::open_or_create(&at("kml"), 3, 77, Options::default()).unwrap();
+    let state = State::open(&at("state"), || Facts::new("v", "", 7, 3)).unwrap();
+    let cache = Cache::new(tree, log, state, &at("limbo")).unwrap();
+    assert!(cache.tree.open_object(Fid(12), o::RDONLY).is_ok());
+}
+
+/// A file that an application has open for writing.
+struct OpenFile(bool);
+
+impl crate::replica::cache::Written for OpenFile {
+    fn is_unsaved(&self) -> bool {
+        self.0
+    }
+    fn taken_over(&self) {}
+}
+
+#[test]
+fn what_was_written_and_not_journaled_yet_stays() {
+    let rig = rig();
+    rig.list(1, 0, vec![("f", file(12, 4)), ("g", file(13, 4))]);
+    for (fid, is_unsaved) in [(12, true), (13, false)] {
+        rig.fill(fid, b"data");
+        rig.cache.begin_writing(Fid(fid), std::sync::Arc::new(OpenFile(is_unsaved)));
+        let mut new = file(fid, 9);
+        new.stamp = Stamp(6);
+        mark_stale(&rig.cache, &[Fid(fid)]).1.unwrap();
+        set_object(&rig.cache, &new, Seq(0)).unwrap();
+    }
+    assert_eq!(std::fs::read(rig.path("f")).unwrap(), b"data");
+    let meta = rig.meta(12);
+    assert!(meta.stale && meta.stamp == Stamp(5), "the store that comes is based on what was here");
+    assert!(rig.cache.valid(&meta));
+    assert!(!rig.meta(13).complete && rig.meta(13).stamp == Stamp(6));
+    rig.cache.end_writing(Fid(12));
+    assert!(!rig.cache.valid(&meta));
+}
+
+#[test]
+fn an_acknowledgement_gives_no_stamp_to_what_is_not_here() {
+    let rig = rig();
+    rig.list(1, 0, vec![("f", file(12, 4)), ("g", file(13, 4))]);
+    mark_stale(&rig.cache, &[Fid(12)]).1.unwrap();
+    // Own renames, say: the server applied them after somebody's new contents of f.
+    let stamps = [(Fid(12), Stamp(8)), (Fid(13), Stamp(9))];
+    acked(&rig.cache, &stamps, &[]).1.unwrap();
+    assert!(rig.meta(12).stale && rig.meta(12).stamp == Stamp(5));
+    assert_eq!(rig.meta(13).stamp, Stamp(9));
+}
+
+#[test]
 fn a_name_that_stands_for_another_object_is_replaced() {
     let rig = rig();
     rig.list(1, 0, vec![("x", file(12, 4))]);
