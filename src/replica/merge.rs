@@ -12,7 +12,6 @@ use std::sync::Arc;
 use super::cache::Cache;
 use super::hydrate::{self, Notice, Remote};
 use super::meta::Meta;
-use super::ops::time_of_ns;
 use super::tree::{Dir, LIMBO, OWN_NAME, Result, TreeError};
 use crate::kml::record::{Fid, Name, ROOT, Seq, Time};
 use crate::sys::fs::{self, Kind, RenameMode, SetTime, Stat, o};
@@ -48,11 +47,11 @@ impl Found {
     fn here_fid(&self) -> Option<Fid> {
         self.here.as_ref().and_then(|(_, meta)| meta.as_ref()).map(|meta| meta.fid)
     }
-    /// The directories and the objects to lock.
+    /// The directories and the objects to lock: the directory's own times, too.
     fn locks(&self, dir: Fid, object: Fid) -> (Vec<Fid>, Vec<Fid>) {
         let other = self.elsewhere.as_ref().map(|(dir, _)| dir.fid);
         let dirs = [Some(dir), other].into_iter().flatten().collect();
-        (dirs, [Some(object), self.here_fid()].into_iter().flatten().collect())
+        (dirs, [Some(object), Some(dir), self.here_fid()].into_iter().flatten().collect())
     }
 }
 
@@ -68,7 +67,6 @@ pub fn merge_page(
     mark: Seq,
 ) -> Result<Vec<Notice>> {
     let dir = cache.tree.dir(dir)?;
-    let before = fs::fstat(&*dir)?.mtime;
     let mut notices = Vec::new();
     let mut merged = Ok(());
     for (raw, object) in &page.entries {
@@ -86,16 +84,17 @@ pub fn merge_page(
         }
     }
     listing.dir = Some(page.dir);
-    // Filling a directory is no change of it.
-    let _locked = cache.tree.lock_objects(&[dir.fid]);
-    let own = cache.pending().own(dir.fid);
-    let when = if own.entries > mark {
-        hydrate::time(time_of_ns(own.entries_ns))
-    } else {
-        SetTime::At(before.0, before.1)
-    };
-    fs::utimes_fd(&*dir, SetTime::Keep, when)?;
     merged.map(|()| notices)
+}
+
+/// Putting a directory right is no change of it: it keeps its time. The caller holds its locks.
+fn untouched<T>(dir: &Dir, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    let was = fs::fstat(dir)?.mtime;
+    let done = act();
+    if fs::fstat(dir)?.mtime != was {
+        fs::utimes_fd(dir, SetTime::Keep, SetTime::At(was.0, was.1))?;
+    }
+    done
 }
 
 /// The pages covered the directory: what none of them named goes. `fresh`: nothing has changed
@@ -120,14 +119,15 @@ pub fn finish_listing(
         }
         let found = Found { here: look(cache, &dir, &name)?, elsewhere: None };
         let _entries = cache.tree.lock(&[dir.fid]);
-        let _object = cache.tree.lock_objects(&found.here_fid().into_iter().collect::<Vec<_>>());
+        let objects: Vec<Fid> = found.here_fid().into_iter().chain([dir.fid]).collect();
+        let _objects = cache.tree.lock_objects(&objects);
         let here = look(cache, &dir, &name)?;
         let Some((stat, meta)) = here else { continue };
         if meta.as_ref().map(|meta| meta.fid) != found.here_fid() {
             kept = true; // it changed while the locks were awaited
         } else if cache.pending().name(dir.fid, &name) > mark {
             continue;
-        } else if retire(cache, &dir, &name, &stat, meta.as_ref(), mark)? {
+        } else if untouched(&dir, || retire(cache, &dir, &name, &stat, meta.as_ref(), mark))? {
             notices.push(Notice::Entry { dir: dir.fid, name });
         } else {
             kept = true;
@@ -195,6 +195,19 @@ fn merge_entry(
     if cache.pending().name(dir.fid, name) > mark {
         return Ok(());
     }
+    untouched(dir, || put_entry(cache, listing, (dir, name), object, found, mark, notices))
+}
+
+/// Makes the entry what the server has, under the locks of all that it needs.
+fn put_entry(
+    cache: &Cache,
+    listing: &mut Listing,
+    (dir, name): (&Arc<Dir>, &Name),
+    object: &Remote,
+    found: Found,
+    mark: Seq,
+    notices: &mut Vec<Notice>,
+) -> Result<()> {
     let kind = Kind::of(object.attr.mode);
     if let Some((stat, meta)) = &found.here {
         let same = meta.as_ref().filter(|m| m.fid == object.fid && stat.kind() == kind);
@@ -344,6 +357,8 @@ fn make_stub(cache: &Cache, dir: &Arc<Dir>, name: &Name, object: &Remote, mark: 
             _ => Meta { stamp: object.stamp, ..Meta::whole(object.fid) },
         }
     };
+    // Of one that went long ago, and comes back.
+    cache.tree.close_dir(object.fid);
     match Kind::of(attr.mode) {
         Kind::File => drop(fs::open(&**dir, raw, o::WRONLY | o::CREAT | o::EXCL, 0o600)?),
         Kind::Dir => fs::mkdir(&**dir, raw, 0o700)?,
@@ -358,8 +373,6 @@ fn make_stub(cache: &Cache, dir: &Arc<Dir>, name: &Name, object: &Remote, mark: 
     }
     let filled = fill_stub(cache, dir, name, object, &meta);
     if filled.is_err() {
-    // Of one that went long ago, and comes back.
-    cache.tree.close_dir(object.fid);
         // Not half made: what was created a moment ago goes again.
         match Kind::of(attr.mode) {
             Kind::Dir => fs::rmdir(&**dir, raw)?,

@@ -18,8 +18,6 @@ pub struct Own {
     pub data: Seq,
     /// a directory's entries, and with them its times
     pub entries: Seq,
-    /// when that was, nanoseconds since the Unix epoch
-    pub entries_ns: u64,
 }
 
 impl Own {
@@ -82,9 +80,7 @@ impl Pending {
         }
         for place in record.op.places().into_iter().flatten() {
             let dir = self.objects.entry(place.dir).or_default();
-            if seq > dir.entries {
-                (dir.entries, dir.entries_ns) = (seq, record.time_ns);
-            }
+            dir.entries = dir.entries.max(seq);
             let names = self.names.entry(place.dir).or_default();
             let newest = names.entry(place.name.clone()).or_insert_with(|| {
                 self.name_count += 1;
@@ -237,7 +233,7 @@ mod tests {
             let own = Own { attr: Seq(5), ..Own::default() };
             assert_eq!(table.own(Fid(fid)), own);
         }
-        assert_eq!(table.own(Fid(2)), Own { entries: Seq(5), entries_ns: 70, ..Own::default() });
+        assert_eq!(table.own(Fid(2)), Own { entries: Seq(5), ..Own::default() });
         let cut = Change { size: Some(0), ..Change::default() };
         let new = Change { mode: Some(0o600), ..Change::default() };
         let (base, old) = (Stamp(0), Change::default());

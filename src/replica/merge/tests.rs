@@ -8,6 +8,7 @@ use crate::kml::codec::Outcome;
 use crate::kml::log::{Log, Options};
 use crate::kml::record::{Attr, Op, Origin, Place, Range, Record, Stamp};
 use crate::replica::hydrate::{acked, mark_stale, set_object, write_range};
+use crate::replica::ops::time_of_ns;
 use crate::replica::state::{Facts, State};
 use crate::replica::tree::Tree;
 
@@ -52,6 +53,11 @@ fn subdir(fid: u64) -> Remote {
     remote(fid, 0o040755, 0)
 }
 
+fn record(op: Op) -> Record {
+    let origin = Origin::default();
+    Record { time_ns: 42_000_000_007, origin, uid: 0, gid: 0, path: vec![], op }
+}
+
 impl Rig {
     /// Merges a whole listing.
     fn list(&self, dir: u64, mark: u64, entries: Vec<(&str, Remote)>) -> Vec<Notice> {
@@ -76,15 +82,7 @@ impl Rig {
         write_range(&self.cache, Fid(fid), stamp, 0, bytes, Some((0, len))).unwrap();
     }
     fn own(&self, op: Op) -> Seq {
-        let record = Record {
-            time_ns: 42_000_000_007,
-            origin: Origin::default(),
-            uid: 0,
-            gid: 0,
-            path: vec![],
-            op,
-        };
-        let ticket = self.cache.append(&record).unwrap();
+        let ticket = self.cache.append(&record(op)).unwrap();
         let seq = ticket.seq;
         self.cache.settle(ticket, Outcome::Done);
         seq
@@ -364,6 +362,32 @@ fn own_changes_that_the_server_lacks_stay() {
     assert!(notices.contains(&entry(1, "new")) && notices.contains(&entry(1, "d")));
     assert_eq!(rig.meta(99).fid, Fid(99));
     assert!(!rig.path("d").exists() && !rig.path("f").exists() && !rig.meta(1).stale);
+}
+
+#[test]
+fn a_listing_leaves_own_times_of_its_directory() {
+    let rig = rig();
+    rig.list(1, 0, vec![("f", file(11, 1)), ("g", file(12, 1))]);
+    rig.own_create(1, "new", 30);
+    // A removal that failed, say of a directory that was not empty.
+    let at = Place { dir: ROOT, base: Stamp(0), name: name("d") };
+    let (fid, base, attr, target) = (Fid(31), Stamp(0), Attr::default(), None);
+    let gone = crate::kml::record::Gone { fid, base, attr, target };
+    let mut late = record(Op::Rmdir { at, gone });
+    late.time_ns += 1_000_000_000;
+    let ticket = rig.cache.append(&late).unwrap();
+    rig.cache.settle(ticket, Outcome::Void);
+    let mtime = || {
+        let now = rig.root.metadata().unwrap();
+        (now.mtime(), now.mtime_nsec())
+    };
+    rig.list(1, 0, vec![("h", file(13, 1))]);
+    assert_eq!(mtime(), (42, 7), "what took no effect set no time");
+    // And one that an application has set since.
+    let root = rig.cache.tree.root().clone();
+    fs::utimes_fd(&*root, SetTime::Keep, SetTime::At(99, 5)).unwrap();
+    rig.list(1, 0, vec![("f", file(11, 1))]);
+    assert_eq!(mtime(), (99, 5));
 }
 
 #[test]
