@@ -117,6 +117,9 @@ impl Meta {
         }
         let granule = self.granule_len();
         let end = at.saturating_add(len).min(self.base_size);
+        if at >= end {
+            return None; // also behind the base size, in the granule where it lies
+        }
         let wanted = at / granule..end.div_ceil(granule);
         let first = wanted.clone().find(|g| !self.has(*g))?;
         let past = (first..wanted.end).find(|g| self.has(*g)).unwrap_or(wanted.end);
@@ -224,6 +227,8 @@ mod tests {
         assert_eq!(meta.missing(MIB + 1, 1), Some((MIB, MIB)));
         assert_eq!(meta.missing(3 * MIB, 100), Some((3 * MIB, 10)));
         assert_eq!(meta.missing(4 * MIB, 100), None, "beyond the base all is local");
+        assert_eq!(meta.missing(3 * MIB + 10, 100), None, "in the granule where it ends, too");
+        assert_eq!(meta.missing(MIB + 1, 0), None, "nothing of it is wanted");
         assert!(!meta.arrived(0, MIB + 5), "half a granule does not count");
         assert_eq!(meta.missing(0, 4 * MIB), Some((MIB, 2 * MIB + 10)));
         assert!(!meta.arrived(3 * MIB, 10));
