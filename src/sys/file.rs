@@ -59,3 +59,33 @@ pub fn has_writer(file: BorrowedFd) -> bool {
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::sys::fs::{self, o};
+
+    #[test]
+    fn the_question_for_writers_keeps_nobody_out() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("f"), "x").unwrap();
+        let at = fs::open_root(dir.path()).unwrap();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let file = fs::open(&at, b"f", o::RDONLY, 0).unwrap();
+                while !stop.load(Ordering::Relaxed) {
+                    has_writer(file.as_fd());
+                }
+            });
+            let opened: Vec<_> = (0..30000)
+                .map(|_| fs::open(&at, b"f", o::RDWR | o::NONBLOCK, 0).map(drop))
+                .collect();
+            stop.store(true, Ordering::Relaxed);
+            assert!(opened.iter().all(Result::is_ok), "{:?}", opened.iter().find(|o| o.is_err()));
+        });
+    }
+}

@@ -8,6 +8,7 @@ use std::io::Write;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{
     AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, RawDir, RenameFlags, ResolveFlags,
@@ -17,6 +18,10 @@ use rustix::fs::{
 use super::Errno;
 
 pub type Result<T> = std::result::Result<T, Errno>;
+
+/// How often, and after which pause, a file is tried that somebody has a lease on.
+const LEASE_TRIES_MAX: u32 = 100;
+const LEASE_PAUSE: Duration = Duration::from_micros(100);
 
 /// What statx says of an object; times as (seconds, nanoseconds) since the Unix epoch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -152,7 +157,15 @@ fn opened_up<T>(dir: BorrowedFd<'_>, name: &[u8], call: impl Fn() -> Result<T>) 
 /// Opens or creates `name` in `dir`; a symbolic link there is an error (`ELOOP`).
 pub fn open(dir: impl AsFd, name: &[u8], flags: i32, mode: u32) -> Result<OwnedFd> {
     let mode = Mode::from_bits_retain(mode & 0o7777);
-    insist(dir.as_fd(), name, || rustix::fs::openat(&dir, name, oflags(flags | o::NOFOLLOW), mode))
+    let open = || rustix::fs::openat(&dir, name, oflags(flags | o::NOFOLLOW), mode);
+    // `EAGAIN`: somebody has a lease on it. Ours (see `has_writer`) last for an instant.
+    for _ in 0..LEASE_TRIES_MAX {
+        match insist(dir.as_fd(), name, open) {
+            Err(Errno::AGAIN) => std::thread::sleep(LEASE_PAUSE),
+            done => return done,
+        }
+    }
+    insist(dir.as_fd(), name, open)
 }
 
 /// Opens a path of several names below `dir`; neither links nor `..` lead out of it.
