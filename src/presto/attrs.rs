@@ -1,6 +1,6 @@
 //! Operations on attributes: owner, mode, times, size, extended attributes.
 
-use super::filter::{Filter, Found, Object, Result, Spot, missing, now_ns};
+use super::filter::{Filter, Found, Object, Result, Spot, now_ns};
 use crate::kml::record::{Change, Fid, Op, Time, XATTR_LEN_MAX};
 use crate::replica::ops::{attr_of, time_of_ns};
 use crate::sys::Errno;
@@ -55,13 +55,6 @@ impl Filter {
     /// Of an object that may be open and have no name any more.
     pub fn getattr(&self, fid: Fid) -> Result<Found> {
         let object = self.here(fid)?;
-        // Who reads up to the new size must not find holes where new data will be.
-        if object.is_read_by_kernel()
-            && self.cache.is_online()
-            && let Some(miss) = missing(&object.meta, 0, u64::MAX)
-        {
-            return Err(miss);
-        }
         Ok(self.found(object.stat, &object.meta))
     }
 

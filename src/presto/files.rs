@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 use super::filter::{Filter, Result, Spot, Stop, missing};
 use super::open::{Closed, Mark, Open, Way, open_backing};
-use crate::kml::record::{Fid, Op, Range, Time};
+use crate::kml::record::{Fid, Op, Range, Stamp, Time};
 use crate::replica::hydrate::CAPABILITY;
 use crate::sys::Errno;
 use crate::sys::cred::Caller;
@@ -43,7 +43,8 @@ impl Filter {
         if object.stat.kind() != Kind::File {
             return Err(Errno::INVAL.into());
         }
-        if (object.stat.size <= WHOLE_LEN_MAX || object.is_read_by_kernel())
+        if object.stat.size <= WHOLE_LEN_MAX
+            && !self.cache.is_unsaved(fid)
             && let Some(miss) = missing(&object.meta, 0, u64::MAX)
         {
             return Err(miss);
@@ -107,13 +108,16 @@ impl Filter {
             return Ok(());
         }
         let meta = self.cache.tree.meta_of(&open.fd)?.ok_or(Errno::STALE)?;
-        // What was written in passthrough is not known: then it is all that is here.
-        let ranges = match &state.dirty {
-            Some(ranges) if !meta.complete => within(ranges, stat.size),
-            _ => within(&meta.present(stat.size), stat.size),
+        // What was written in passthrough is not known: then it is the whole file. Where the
+        // server's new contents were on their way in just then, it is a version of its own, based on
+        // none: the server keeps it aside.
+        let (ranges, base) = match &state.dirty {
+            Some(ranges) if !meta.complete => (within(ranges, stat.size), meta.stamp),
+            None if !meta.complete => (whole(stat.size), Stamp(0)),
+            _ => (whole(stat.size), meta.stamp),
         };
         let mtime = Time { sec: stat.mtime.0, nsec: stat.mtime.1 };
-        let (fid, base, size, old_size) = (open.fid, meta.stamp, stat.size, state.stored.size);
+        let (fid, size, old_size) = (open.fid, stat.size, state.stored.size);
         let op = Op::Store { fid, base, size, mtime, ranges, old_size };
         let path = self.cache.tree.path_by_fid(fid);
         let by = Caller { uid: stat.uid, gid: stat.gid, umask: 0 };
@@ -249,6 +253,10 @@ impl Filter {
         self.files.close(&open, false);
         stored
     }
+}
+
+fn whole(size: u64) -> Vec<Range> {
+    within(&[Range { at: 0, len: size }], size)
 }
 
 /// The ranges as far as the file goes.

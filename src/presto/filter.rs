@@ -141,11 +141,6 @@ impl Object {
         }
     }
 
-    /// The kernel reads the file by itself for those who have it open.
-    pub fn is_read_by_kernel(&self) -> bool {
-        matches!(&self.spot, Spot::Open(open) if open.passthrough)
-    }
-
     /// Its attributes as they are now.
     pub fn stat_again(&self) -> fs::Result<Stat> {
         match &self.spot {
@@ -199,11 +194,29 @@ impl Filter {
     /// The object, with attributes that are current. Its last name may be gone while it is open.
     pub fn here(&self, fid: Fid) -> Result<Object> {
         let object = self.object(fid)?;
-        if object.is_nameless() || self.valid(&object.meta) {
-            Ok(object)
-        } else {
-            Err(stale(object.stat.kind(), fid))
+        if object.is_nameless() {
+            return Ok(object);
         }
+        if !self.valid(&object.meta) {
+            return Err(stale(object.stat.kind(), fid));
+        }
+        self.whole_for_kernel(&object.meta)?;
+        Ok(object)
+    }
+
+    /// Stops with a miss where the kernel moves the data of a file for those who have it open, and
+    /// new data are still to come: they must not find holes, nor write into them.
+    pub fn whole_for_kernel(&self, meta: &Meta) -> Result<()> {
+        let by_kernel = || self.files.get(meta.fid).is_some_and(|open| open.passthrough);
+        if !meta.complete
+            && by_kernel()
+            && self.cache.is_online()
+            && !self.cache.is_unsaved(meta.fid)
+            && !AS_IS.get()
+        {
+            return missing(meta, 0, u64::MAX).map_or(Ok(()), Err);
+        }
+        Ok(())
     }
 
     fn object(&self, fid: Fid) -> Result<Object> {

@@ -28,6 +28,7 @@ impl Filter {
         // imz's own names are not there for anybody.
         let name = self.name(parent, name).map_err(hide)?;
         let (stat, meta) = self.entry_here(&dir, &name)?;
+        self.whole_for_kernel(&meta)?;
         let found = self.found(stat, &meta);
         Ok(Found { keep: found.keep && self.cache.current(&dir.meta()), ..found })
     }

@@ -80,9 +80,11 @@ impl Open {
 
 impl Written for Open {
     fn is_unsaved(&self) -> bool {
-        let mut state = self.state();
-        state.changed |= fs::fstat(&self.fd).is_ok_and(|stat| state.stored != Mark::of(&stat));
-        state.changed
+        let state = self.state();
+        state.changed || fs::fstat(&self.fd).is_ok_and(|stat| state.stored != Mark::of(&stat))
+    }
+    fn is_by_kernel(&self) -> bool {
+        self.passthrough
     }
     fn taken_over(&self) {
         if let Ok(stat) = fs::fstat(&self.fd) {

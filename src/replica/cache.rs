@@ -70,6 +70,8 @@ impl Bell {
 pub trait Written: Send + Sync {
     /// It was written to since the last store record.
     fn is_unsaved(&self) -> bool;
+    /// The kernel writes to it without asking.
+    fn is_by_kernel(&self) -> bool;
     /// What differs now is the server's doing.
     fn taken_over(&self);
 }
@@ -86,6 +88,8 @@ pub struct Cache {
     pub bell: Bell,
     /// files that are open for writing, by how many
     writing: Mutex<Writing>,
+    /// of these, what the server has new contents of
+    wanted: Mutex<Vec<Fid>>,
     online: AtomicBool,
     epoch: AtomicU32,
     /// data that the tree holds, bytes, about
@@ -118,6 +122,7 @@ impl Cache {
             pending: Mutex::new(pending),
             bell: Bell::default(),
             writing: Mutex::default(),
+            wanted: Mutex::default(),
             online: AtomicBool::new(false),
             epoch: AtomicU32::new(epoch),
             held_len: AtomicU64::new(held_len),
@@ -166,6 +171,15 @@ impl Cache {
     /// Whether something was written that is not journaled yet: it stays as it is here.
     pub fn is_unsaved(&self, fid: Fid) -> bool {
         self.written(fid).is_some_and(|file| file.is_unsaved())
+    }
+    /// The contents of a file that is open for writing must come at once: the kernel may write to
+    /// it without asking.
+    pub fn want_now(&self, fid: Fid) {
+        self.wanted.lock().unwrap_or_else(|e| e.into_inner()).push(fid);
+    }
+    /// What must come at once, and was not told yet.
+    pub fn take_wanted(&self) -> Vec<Fid> {
+        std::mem::take(&mut *self.wanted.lock().unwrap_or_else(|e| e.into_inner()))
     }
     fn writing(&self) -> MutexGuard<'_, Writing> {
         // Whole after every statement.

@@ -161,6 +161,9 @@ pub(super) fn update(
     set_attributes(cache, dir, name.as_bytes(), object, false)?;
     if let Some(file) = cache.written(meta.fid) {
         file.taken_over();
+        if !meta.complete {
+            cache.want_now(meta.fid);
+        }
     }
     Ok(())
 }
@@ -311,8 +314,12 @@ pub fn write_range(
     if meta.fid != fid || meta.stamp != stamp || meta.complete {
         return Ok(());
     }
-    // Whoever writes by the kernel meanwhile must not be hidden by the times that are put back.
     let is_unsaved = cache.is_unsaved(fid);
+    if is_unsaved && cache.written(fid).is_some_and(|file| file.is_by_kernel()) {
+        // Somebody has written where new contents were to come, and where is not known. It is left
+        // as it is, to be kept aside as a version of its own: see the filter's `store`.
+        return Ok(());
+    }
     let stat = fs::fstat(&fd)?;
     let capability = fs::xattr::get(&fd, b"", CAPABILITY).unwrap_or_default();
     let end = (at + bytes.len() as u64).min(meta.base_size).min(stat.size);

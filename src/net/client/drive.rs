@@ -285,6 +285,10 @@ impl Driver {
             | Effect::WriteRange { .. } => {
                 self.note_change(now);
                 self.take_in(effect);
+                for fid in self.cache.take_wanted() {
+                    let want = Want::Bytes { fid, at: 0, len: u64::MAX };
+                    self.on_want(want, Waiter(Some(Box::new(|_| ()))), now);
+                }
             }
             Effect::MarkStale { break_id, fids } => self.mark_stale(break_id, &fids),
             Effect::BumpEpoch => self.bump_epoch(),

@@ -288,6 +288,9 @@ impl crate::replica::cache::Written for OpenFile {
     fn is_unsaved(&self) -> bool {
         self.0
     }
+    fn is_by_kernel(&self) -> bool {
+        true
+    }
     fn taken_over(&self) {}
 }
 
@@ -308,6 +311,7 @@ fn what_was_written_and_not_journaled_yet_stays() {
     assert!(meta.stale && meta.stamp == Stamp(5), "the store that comes is based on what was here");
     assert!(rig.cache.valid(&meta));
     assert!(!rig.meta(13).complete && rig.meta(13).stamp == Stamp(6));
+    assert_eq!(rig.cache.take_wanted(), [Fid(13)], "its data are to come at once");
     rig.cache.end_writing(Fid(12));
     assert!(!rig.cache.valid(&meta));
 }
