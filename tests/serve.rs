@@ -166,6 +166,7 @@ fn greeting(volume: &str, incarnation: u8) -> msg::Hello {
         node: 0,
         volume_id: [0; 16],
         host: "test".into(),
+        pending: Seq(0),
     }
 }
 
@@ -226,11 +227,16 @@ fn a_directory_is_listed_and_read() {
         panic!()
     };
     assert_eq!(failed.code, Code::Moved);
-    let Message::Failed(failed) = client.call(msg::Stat { fid: Fid(12345) }) else { panic!() };
+    let Message::Failed(failed) = client.call(msg::Stat { fid: Fid(12345), have: Stamp(0) }) else {
+        panic!()
+    };
     assert_eq!(failed.code, Code::Gone);
     let Message::Space(space) = client.call(msg::Statfs {}) else { panic!() };
     assert!(space.block_len > 0 && space.blocks >= space.blocks_free);
-    let Message::Changes(changes) = client.call(msg::Since { stamp: Stamp(0) }) else { panic!() };
+    let Message::Changes(changes) = client.call(msg::Since { stamp: Stamp(0), read_all: false })
+    else {
+        panic!()
+    };
     assert_eq!((changes.fids, changes.more, changes.lost), (vec![], false, false));
     // a record of the protocol's future is refused, and does no harm
     client.id += 1;
@@ -259,7 +265,9 @@ fn a_batch_breaks_promises_and_is_acknowledged() {
     assert_eq!((page.dir.stamp, page.entries[0].object.stamp), (Stamp(1), Stamp(2)));
     assert_eq!(page.entries[0].object.fid, fid);
     assert_eq!(page.entries[0].object.attr.mtime, Time { sec: 1000, nsec: 7 });
-    let Message::Changes(changes) = b.call(msg::Since { stamp: Stamp(0) }) else { panic!() };
+    let Message::Changes(changes) = b.call(msg::Since { stamp: Stamp(0), read_all: false }) else {
+        panic!()
+    };
     assert_eq!((changes.fids, changes.upto), (vec![ROOT, fid], Stamp(2)));
     // a gap is refused
     let Message::Failed(failed) = a.call(batch(5, vec![create(6, "g", Fid::new(1, 2))])) else {
@@ -330,7 +338,7 @@ fn garbage_ends_a_connection_and_nothing_else() {
     assert!(other.get(|_| false).is_err());
     // somebody who speaks before he says hello
     let mut rude = Raw::connect(serving.addr);
-    rude.request(msg::Stat { fid: ROOT });
+    rude.request(msg::Stat { fid: ROOT, have: Stamp(0) });
     assert!(rude.get(|_| false).is_err());
     assert!(client.list().entries.is_empty(), "and others do not notice");
 }

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use super::fetch::Fetcher;
 use super::message::*;
 use super::policy;
+use super::rights::Mode;
 use super::ship::{Bell, Shipper};
 use crate::kml::record::{Fid, Seq, Stamp};
 
@@ -51,8 +52,14 @@ pub enum Unmet {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Want {
     Dir(Fid),
-    Object(Fid),
+    /// `have`: the version of a file that is all here; zero otherwise
+    Object {
+        fid: Fid,
+        have: Stamp,
+    },
     Bytes(Bytes),
+    /// these are to be changed
+    Permit(Vec<Fid>),
 }
 
 /// Bytes of a file that is not all here.
@@ -162,6 +169,23 @@ pub enum Effect {
     },
     /// everything in the cache may be old
     BumpEpoch,
+    /// what may be done with the volume; `raise`: what may be changed by itself stays so
+    SetVolume {
+        mode: Mode,
+        raise: bool,
+    },
+    /// at least this may be done with these
+    Raise {
+        fids: Vec<Fid>,
+        mode: Mode,
+    },
+    /// no more than this may be done with these; none: with the whole volume. Wait for the changes
+    /// under way, forget what may not be read, and call [`Client::on_lowered`]
+    Lower {
+        recall_id: u64,
+        fids: Vec<Fid>,
+        mode: Mode,
+    },
     /// give [`Client::on_batch_cut`] the batch that follows `after` and covers no more than `upto`
     CutBatch {
         after: Seq,
@@ -205,9 +229,21 @@ pub(super) enum Ask {
     Ping,
     Space,
     Since,
-    List { dir: Fid },
-    Stat { fid: Fid },
-    Piece { fid: Fid, at: u64 },
+    /// the same, to read all of the volume
+    ReadAll,
+    Permit {
+        no: u64,
+    },
+    List {
+        dir: Fid,
+    },
+    Stat {
+        fid: Fid,
+    },
+    Piece {
+        fid: Fid,
+        at: u64,
+    },
     Batch,
 }
 
@@ -231,7 +267,7 @@ impl Line {
     pub fn ask(&mut self, ask: Ask, waits_since: Option<Instant>, message: Message) -> u64 {
         self.next_id += 1;
         let (id, foreground) = (self.next_id, waits_since.is_some());
-        let wanted = matches!(ask, Ask::List { .. } | Ask::Stat { .. } | Ask::Piece { .. });
+        let wanted = !matches!(ask, Ask::Hello | Ask::Ping | Ask::Space | Ask::Since | Ask::Batch);
         self.foreground_count += u64::from(foreground && wanted);
         self.asked.insert(id, Asked { ask, waits_since });
         self.effects.push_back(Effect::Send { foreground, id, answer: false, message });
@@ -250,9 +286,25 @@ impl Line {
     }
 }
 
+/// A recall that is not answered yet.
+struct Letting {
+    id: u64,
+    /// `None` until the driver says that nobody works by the old rights any more
+    target: Option<Seq>,
+    kept: Vec<Fid>,
+    /// the kernel has forgotten what may not be read
+    told: bool,
+}
+
 /// The machine.
 pub struct Client {
     state: State,
+    /// what may be done with the volume, but for single objects
+    volume: Mode,
+    lettings: Vec<Letting>,
+    /// when somebody last had to ask, without a right to read all
+    asked_at: VecDeque<Instant>,
+    asks_all: bool,
     who: Who,
     line: Line,
     fetcher: Fetcher,
@@ -287,6 +339,10 @@ impl Client {
     ) -> Client {
         Client {
             state: State::Away { retry_at: now },
+            volume: Mode::None,
+            lettings: Vec::new(),
+            asked_at: VecDeque::new(),
+            asks_all: false,
             who,
             line: Line::default(),
             fetcher: Fetcher::default(),
@@ -346,9 +402,11 @@ impl Client {
             State::Away { retry_at } => retry_at,
             State::Connecting { until } => until,
             _ => {
-                let quiet = if self.pinged { self.timeout } else { self.ping_after() };
+                let lease = policy::lease(self.timeout);
+                let quiet = if self.pinged { lease } else { self.ping_after() };
                 let silent = self.heard_at + quiet;
-                self.oldest_wait().map_or(silent, |since| silent.min(since + self.timeout))
+                let patience = policy::patience(self.timeout);
+                self.oldest_wait().map_or(silent, |since| silent.min(since + patience))
             }
         };
         if self.is_online() {
@@ -392,9 +450,9 @@ impl Client {
     }
 
     fn look_for_silence(&mut self, now: Instant) {
-        let timeout = self.timeout;
-        let overdue = |since: Instant| now >= since + timeout;
-        if overdue(self.heard_at) || self.oldest_wait().is_some_and(overdue) {
+        let (timeout, lease) = (self.timeout, policy::lease(self.timeout));
+        let overdue = |since: Instant| now >= since + policy::patience(timeout);
+        if now >= self.heard_at + lease || self.oldest_wait().is_some_and(overdue) {
             self.close("the server is silent", now);
             // Whoever waited has waited long enough.
             self.grace_until = now;
@@ -423,6 +481,7 @@ impl Client {
             node: self.who.node,
             volume_id: self.who.volume_id,
             host: self.who.host.clone(),
+            pending: self.shipper.settled(),
         };
         self.line.ask(Ask::Hello, Some(now), hello.into());
     }
@@ -444,6 +503,10 @@ impl Client {
             self.grace_until = now + self.timeout;
             self.line.effect(Effect::SetOnline(false));
         }
+        self.set_volume(Mode::None, false);
+        self.lettings.clear();
+        self.asked_at.clear();
+        self.asks_all = false;
         self.chance ^= self.chance << 13;
         self.chance ^= self.chance >> 7;
         self.chance ^= self.chance << 17;
@@ -451,7 +514,7 @@ impl Client {
         self.fails = self.fails.saturating_add(1);
         self.line.asked.clear();
         self.breaks = 0;
-        self.fetcher.on_away();
+        self.fetcher.on_away(&mut self.line);
     }
 
     /// Bytes came, of whatever message: the server is there.
@@ -488,12 +551,84 @@ impl Client {
                 self.fetcher.on_break(&m.fids, acked, &mut self.line, now);
                 self.line.effect(Effect::MarkStale { break_id: Some(id), fids: m.fids });
             }
+            Message::Recall(m) if greeted && self.lettings.len() < BREAKS_MAX => {
+                self.lettings.push(Letting { id, target: None, kept: Vec::new(), told: false });
+                if m.fids.is_empty() {
+                    self.volume = m.mode;
+                }
+                self.line.effect(Effect::Lower { recall_id: id, fids: m.fids, mode: m.mode });
+            }
+            // by itself: nobody else wants anything
+            Message::Granted(m) if greeted => self.set_volume(m.volume, true),
             Message::Read(read) if greeted => {
                 self.shipper.on_read(now);
                 self.line.effect(Effect::AnswerRead { id, read });
             }
             _ => self.close("the server spoke out of turn", now),
         }
+    }
+
+    /// Nobody works by the recalled rights any more. The server is to have everything up to
+    /// `target` before it hears so; `kept` is still read.
+    pub fn on_lowered(&mut self, recall_id: u64, target: Seq, kept: Vec<Fid>, now: Instant) {
+        let Some(letting) = self.lettings.iter_mut().find(|l| l.id == recall_id) else { return };
+        (letting.target, letting.kept) = (Some(target), kept);
+        self.shipper.ask_upto(target);
+        self.ship(now);
+        self.let_go();
+    }
+
+    /// The kernel has forgotten what may not be read any more.
+    pub fn on_told(&mut self, recall_id: u64) {
+        if let Some(letting) = self.lettings.iter_mut().find(|l| l.id == recall_id) {
+            letting.told = true;
+            self.let_go();
+        }
+    }
+
+    /// Answers the recalls that are done.
+    fn let_go(&mut self) {
+        let acked = self.acked();
+        let is_done = |l: &mut Letting| l.told && l.target.is_some_and(|target| target <= acked);
+        for letting in self.lettings.extract_if(.., is_done).collect::<Vec<_>>() {
+            let message = Released { kept: letting.kept }.into();
+            let id = letting.id;
+            self.line.effect(Effect::Send { foreground: true, id, answer: true, message });
+        }
+    }
+
+    /// The mount ends, with nothing left to be shipped: others need not wait for it.
+    pub fn farewell(&mut self) {
+        if self.is_online() {
+            let (message, id) = (Released { kept: Vec::new() }.into(), 0);
+            self.line.effect(Effect::Send { foreground: true, id, answer: false, message });
+        }
+    }
+
+    fn set_volume(&mut self, mode: Mode, raise: bool) {
+        self.volume = mode;
+        self.line.effect(Effect::SetVolume { mode, raise });
+    }
+
+    /// Somebody has to ask. Who does so often asks for all at once.
+    fn note_asking(&mut self, now: Instant) {
+        if self.volume != Mode::None || self.asks_all || !self.is_online() {
+            return;
+        }
+        self.asked_at.push_back(now);
+        if self.asked_at.len() >= policy::ASKS_MAX
+            && let Some(first) = self.asked_at.pop_front()
+            && now < first + policy::ASKS_WITHIN
+        {
+            self.asks_all = true;
+            self.asked_at.clear();
+            self.since(Ask::ReadAll, self.current, now);
+        }
+    }
+
+    fn since(&mut self, ask: Ask, stamp: Stamp, now: Instant) {
+        let read_all = ask == Ask::ReadAll;
+        self.line.ask(ask, Some(now), Since { stamp, read_all }.into());
     }
 
     /// The kernel has forgotten what the break named.
@@ -524,7 +659,21 @@ impl Client {
                 self.line.effect(Effect::Refused { code: m.code, what: m.what });
                 self.close("the server refuses", now);
             }
-            (Ask::Since, Message::Changes(m)) => self.on_changes(m, now),
+            (ask @ (Ask::Since | Ask::ReadAll), Message::Changes(m)) => {
+                self.on_changes(ask, m, now);
+            }
+            (Ask::ReadAll, Message::Failed(_)) => self.asks_all = false,
+            (Ask::Permit { no }, Message::Granted(_)) => {
+                if let Some((fids, tickets)) = self.fetcher.take_permit(no) {
+                    self.line.effect(Effect::Raise { fids, mode: Mode::Write });
+                    self.line.resolve(tickets, Ok(()));
+                }
+            }
+            (Ask::Permit { no }, Message::Failed(m)) => {
+                if let Some((_, tickets)) = self.fetcher.take_permit(no) {
+                    self.line.resolve(tickets, Err(Unmet::Failed(m.code)));
+                }
+            }
             (Ask::Ping, Message::Pong(m)) => self.is_current(m.stamp),
             (Ask::Space, Message::Space(m)) => self.line.effect(Effect::SpaceIs(m)),
             (Ask::Space, Message::Failed(_)) => {}
@@ -579,10 +728,10 @@ impl Client {
             self.line.effect(Effect::Refused { code: Code::ForeignCache, what });
             return self.close("the cache is older than the server's memory of it", now);
         }
-        self.line.ask(Ask::Since, Some(now), Since { stamp: self.current }.into());
+        self.since(Ask::Since, self.current, now);
     }
 
-    fn on_changes(&mut self, m: Changes, now: Instant) {
+    fn on_changes(&mut self, ask: Ask, m: Changes, now: Instant) {
         if m.more && m.upto <= self.current && !m.lost {
             return self.close("the server's history does not advance", now);
         }
@@ -593,7 +742,11 @@ impl Client {
         }
         self.current = m.upto;
         if m.more && !m.lost {
-            self.line.ask(Ask::Since, Some(now), Since { stamp: m.upto }.into());
+            return self.since(ask, m.upto, now);
+        }
+        self.set_volume(m.volume, ask == Ask::ReadAll);
+        if ask == Ask::ReadAll {
+            self.asks_all = false;
             return;
         }
         (self.state, self.fails) = (State::Online, 0);
@@ -610,11 +763,13 @@ impl Client {
         let (upto, stamp) = (m.upto, m.stamp);
         self.line.effect(Effect::Acked { upto, stamps: m.stamps, conflicts: m.conflicts });
         self.is_current(stamp);
+        self.let_go();
         self.shipper.fill(&mut self.line, now);
     }
 
     fn is_current(&mut self, stamp: Stamp) {
-        if self.is_online() {
+        // Of what it may not read, it is told nothing.
+        if self.is_online() && self.volume != Mode::None {
             self.current = self.current.max(stamp);
         }
     }
@@ -622,8 +777,14 @@ impl Client {
     /// Somebody waits. `ticket` is resolved in every case.
     pub fn on_want(&mut self, want: Want, ticket: Ticket, now: Instant) {
         let online = self.is_online();
+        if !online && matches!(want, Want::Permit(_)) {
+            return self.line.resolve([ticket], Ok(())); // away from the server nobody asks
+        }
         if !online && now >= self.grace_until {
             return self.line.resolve([ticket], Err(Unmet::Unreachable));
+        }
+        if !matches!(want, Want::Bytes(_)) {
+            self.note_asking(now);
         }
         let acked = self.acked();
         self.fetcher.on_want(want, ticket, acked, online, &mut self.line, now);

@@ -15,6 +15,7 @@ use std::time::Instant;
 use super::client::{Ask, Bytes, Effect, Line, Ticket, Unmet, Want};
 use super::message::*;
 use super::policy;
+use super::rights::Mode;
 use crate::kml::record::{Fid, Seq, Stamp};
 
 /// Most files whose reading is watched for its direction.
@@ -33,6 +34,14 @@ struct Listing {
 struct Look {
     tickets: Vec<Ticket>,
     mark: Seq,
+    have: Stamp,
+}
+
+/// Objects that somebody wants to change.
+struct Permit {
+    no: u64,
+    fids: Vec<Fid>,
+    tickets: Vec<Ticket>,
 }
 
 struct File {
@@ -64,6 +73,8 @@ struct Reader {
 pub(super) struct Fetcher {
     listings: HashMap<Fid, Listing>,
     looks: HashMap<Fid, Look>,
+    permits: Vec<Permit>,
+    last_permit: u64,
     files: HashMap<Fid, File>,
     readers: HashMap<Fid, Reader>,
     waited: VecDeque<(Fid, u64)>,
@@ -110,7 +121,10 @@ impl Fetcher {
                     listing.ask(dir, line, now);
                 }
             }
-            Want::Object(fid) => self.look(fid, vec![ticket], mark, online, line, now),
+            Want::Object { fid, have } => {
+                self.look(fid, have, (vec![ticket], mark), online, line, now);
+            }
+            Want::Permit(fids) => self.ask_permit(fids, ticket, line, now),
             Want::Bytes(bytes) => {
                 self.on_want_bytes(bytes, ticket, line);
                 if online {
@@ -120,11 +134,28 @@ impl Fetcher {
         }
     }
 
+    fn ask_permit(&mut self, fids: Vec<Fid>, ticket: Ticket, line: &mut Line, now: Instant) {
+        if let Some(permit) = self.permits.iter_mut().find(|permit| permit.fids == fids) {
+            return permit.tickets.push(ticket);
+        }
+        self.last_permit += 1;
+        let no = self.last_permit;
+        line.ask(Ask::Permit { no }, Some(now), super::message::Ask { fids: fids.clone() }.into());
+        self.permits.push(Permit { no, fids, tickets: vec![ticket] });
+    }
+
+    /// What was asked for, and who waits for it.
+    pub fn take_permit(&mut self, no: u64) -> Option<(Vec<Fid>, Vec<Ticket>)> {
+        let at = self.permits.iter().position(|permit| permit.no == no)?;
+        let permit = self.permits.swap_remove(at);
+        Some((permit.fids, permit.tickets))
+    }
+
     fn look(
         &mut self,
         fid: Fid,
-        tickets: Vec<Ticket>,
-        mark: Seq,
+        have: Stamp,
+        (tickets, mark): (Vec<Ticket>, Seq),
         online: bool,
         line: &mut Line,
         now: Instant,
@@ -132,9 +163,9 @@ impl Fetcher {
         if let Some(look) = self.looks.get_mut(&fid) {
             return look.tickets.extend(tickets);
         }
-        self.looks.insert(fid, Look { tickets, mark });
+        self.looks.insert(fid, Look { tickets, mark, have });
         if online {
-            line.ask(Ask::Stat { fid }, Some(now), Stat { fid }.into());
+            line.ask(Ask::Stat { fid }, Some(now), Stat { fid, have }.into());
         }
     }
 
@@ -237,7 +268,13 @@ impl Fetcher {
                 let Some(look) = self.looks.remove(&fid) else { return true };
                 let fits = m.object.fid == fid;
                 if fits {
+                    let (stamp, size) = (m.object.stamp, m.object.attr.size);
+                    line.effect(Effect::Raise { fids: vec![fid], mode: m.mode });
                     line.effect(Effect::SetObject { object: m.object, mark: look.mark });
+                    if let Some(bytes) = m.data {
+                        let granule = Some((0, size));
+                        line.effect(Effect::WriteRange { fid, stamp, at: 0, bytes, granule });
+                    }
                 }
                 line.resolve(look.tickets, Ok(()));
                 fits
@@ -270,6 +307,8 @@ impl Fetcher {
             return false;
         }
         let (last, first, more) = (last.clone(), listing.after.is_empty(), page.more);
+        let fids = page.entries.iter().map(|entry| entry.object.fid).chain([dir]).collect();
+        line.effect(Effect::Raise { fids, mode: Mode::Read });
         line.effect(Effect::MergePage { dir, first, mark: listing.mark, page });
         listing.request = None;
         if more {
@@ -356,7 +395,7 @@ impl Fetcher {
     fn moved(&mut self, fid: Fid, acked: Seq, line: &mut Line, now: Instant) {
         let waiting = self.drop_file(fid, line);
         if !waiting.is_empty() {
-            self.look(fid, waiting, acked, true, line, now);
+            self.look(fid, Stamp(0), (waiting, acked), true, line, now);
         }
     }
 
@@ -386,7 +425,10 @@ impl Fetcher {
     }
 
     /// The connection is gone, and every request with it.
-    pub fn on_away(&mut self) {
+    pub fn on_away(&mut self, line: &mut Line) {
+        for permit in self.permits.drain(..) {
+            line.resolve(permit.tickets, Ok(())); // away from the server nobody asks
+        }
         self.reads = 0;
         self.waited.clear();
         self.ahead.clear();
@@ -406,7 +448,8 @@ impl Fetcher {
         }
         for (fid, look) in &mut self.looks {
             look.mark = acked;
-            line.ask(Ask::Stat { fid: *fid }, Some(now), Stat { fid: *fid }.into());
+            let stat = Stat { fid: *fid, have: look.have };
+            line.ask(Ask::Stat { fid: *fid }, Some(now), stat.into());
         }
         for (fid, file) in &mut self.files {
             for (at, piece) in &mut file.pieces {

@@ -5,13 +5,13 @@
 //! that is missing has its default, an opcode that is not known is answered by `Failed`.
 //! Requests carry an id of their sender's; the answer repeats it. `Read` goes both ways: a client
 //! fetches a file with the same message with which the server fetches what a journal announced.
-//! Records travel in the journal's own encoding. Absent on purpose: permits (their opcodes 40..=49
-//! and grants' 50..=59 are kept free).
+//! Records travel in the journal's own encoding. 44..=49 are locks, 50..=59 kept free for grants.
 //!
 //! Every count and length is bounded here and checked on decoding.
 
 use minicbor::{Decode, Encode};
 
+use super::rights::Mode;
 use crate::kml::record::{Attr, Fid, Seq, Stamp};
 
 /// Version of the protocol; both sides must speak the same.
@@ -26,7 +26,9 @@ pub const INLINE_LEN_MAX: usize = 64 << 10;
 pub const PAGE_LEN: usize = 512 << 10;
 /// Most records in one batch.
 pub const BATCH_RECORDS_MAX: usize = 1024;
-/// Most objects in one `Break` or `Changes`.
+/// Most objects in one `Ask`: a rename changes two directories and two objects.
+pub const ASK_FIDS_MAX: usize = 8;
+/// Most objects in one `Break`, `Recall` or `Changes`.
 pub const FIDS_MAX: usize = 8192;
 /// Longest name of a volume, bytes.
 pub const VOLUME_NAME_LEN_MAX: usize = 255;
@@ -99,6 +101,14 @@ messages! {
     21 Acked,
     /// server: these objects change; answer with `Pong` once no reader sees the cached state
     30 Break,
+    /// client: let me change these objects
+    40 Ask,
+    /// server: the answer to `Ask`; by itself it gives the volume
+    41 Granted,
+    /// server: others need this; answer with `Released` once the server has what you changed of it
+    42 Recall,
+    /// the answer to `Recall`; by itself a client's farewell
+    43 Released,
 }
 
 /// Why a body was not understood. The connection is closed.
@@ -132,6 +142,9 @@ pub struct Hello {
     /// for people: host name of the client
     #[n(5)]
     pub host: String,
+    /// the newest record of the client's journal
+    #[n(6)]
+    pub pending: Seq,
 }
 
 #[derive(Encode, Decode, Clone, PartialEq, Debug)]
@@ -279,12 +292,22 @@ pub struct Page {
 pub struct Stat {
     #[n(0)]
     pub fid: Fid,
+    /// of a file that is all in the cache: the version it is; zero otherwise
+    #[n(1)]
+    pub have: Stamp,
 }
 
 #[derive(Encode, Decode, Clone, PartialEq, Debug)]
 pub struct Status {
     #[n(0)]
     pub object: Object,
+    /// what the client may do with it from now on
+    #[n(1)]
+    pub mode: Mode,
+    /// of a small file whose cached version is older: all of its contents
+    #[n(2)]
+    #[cbor(with = "minicbor::bytes")]
+    pub data: Option<Vec<u8>>,
 }
 
 #[derive(Encode, Decode, Clone, PartialEq, Debug)]
@@ -322,6 +345,9 @@ pub struct Data {
 pub struct Since {
     #[n(0)]
     pub stamp: Stamp,
+    /// the client wants to read all of the volume: others let go what they may change
+    #[n(1)]
+    pub read_all: bool,
 }
 
 #[derive(Encode, Decode, Clone, PartialEq, Debug)]
@@ -337,6 +363,9 @@ pub struct Changes {
     /// the history does not reach back so far: everything may have changed
     #[n(3)]
     pub lost: bool,
+    /// what the client may do with the volume, once it knows all changes
+    #[n(4)]
+    pub volume: Mode,
 }
 
 #[derive(Encode, Decode, Clone, PartialEq, Debug)]
@@ -414,6 +443,37 @@ pub struct Break {
     pub fids: Vec<Fid>,
 }
 
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Ask {
+    /// 1..=ASK_FIDS_MAX
+    #[n(0)]
+    pub fids: Vec<Fid>,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Granted {
+    /// `Write`: for all of the volume; else only for what was asked
+    #[n(0)]
+    pub volume: Mode,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Recall {
+    /// objects, of which no more than `mode` is left
+    #[n(0)]
+    pub fids: Vec<Fid>,
+    /// or, without any, the whole volume
+    #[n(1)]
+    pub mode: Mode,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Released {
+    /// of the objects that were recalled: those which the client goes on reading, if it may
+    #[n(0)]
+    pub kept: Vec<Fid>,
+}
+
 impl Message {
     fn in_bounds(&self) -> bool {
         let object = |o: &Object| o.target.len() <= 4095 && o.xattrs.len() <= 1024;
@@ -427,12 +487,17 @@ impl Message {
             Message::Page(m) => {
                 object(&m.dir) && m.entries.iter().all(|e| e.name.len() <= 255 && object(&e.object))
             }
-            Message::Status(m) => object(&m.object),
+            Message::Status(m) => {
+                object(&m.object) && m.data.as_ref().is_none_or(|d| d.len() <= INLINE_LEN_MAX)
+            }
             Message::Read(m) => (1..=RANGE_LEN_MAX).contains(&m.len),
             Message::Data(m) => m.bytes.len() <= RANGE_LEN_MAX as usize,
             Message::Changes(m) => m.fids.len() <= FIDS_MAX,
             Message::Batch(m) => m.items.len() <= BATCH_RECORDS_MAX && m.after <= m.upto,
             Message::Break(m) => m.fids.len() <= FIDS_MAX,
+            Message::Ask(m) => (1..=ASK_FIDS_MAX).contains(&m.fids.len()),
+            Message::Recall(m) => m.fids.len() <= FIDS_MAX,
+            Message::Released(m) => m.kept.len() <= FIDS_MAX,
             _ => true,
         }
     }

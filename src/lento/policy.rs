@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use super::rights::Mode;
+
 /// How long a change rests in the journal before it is shipped, so that a file that lives shorter
 /// never leaves the machine. A mount option sets another.
 pub const AGE: Duration = Duration::from_secs(2);
@@ -30,6 +32,13 @@ pub const PING_AFTER: Duration = Duration::from_secs(3);
 /// First and longest pause between attempts to connect.
 pub const RETRY_MIN: Duration = Duration::from_millis(100);
 pub const RETRY_MAX: Duration = Duration::from_secs(10);
+/// A client that asked for nothing for so long does not mind that another may change everything.
+pub const IDLE: Duration = Duration::from_secs(2);
+/// In larger companies nobody reads a whole volume: every change would be told to everybody.
+pub const READ_ALL_CLIENTS_MAX: usize = 64;
+/// A client that has to ask so often within [`ASKS_WITHIN`] wants to read the whole volume.
+pub const ASKS_MAX: usize = 8;
+pub const ASKS_WITHIN: Duration = Duration::from_secs(1);
 /// How often the stamp up to which the cache is current is written down.
 pub const SAVE_EVERY: Duration = Duration::from_secs(30);
 
@@ -50,6 +59,27 @@ pub fn retry_after(fails: u32, chance: u64) -> Duration {
     let whole = RETRY_MIN.saturating_mul(1 << fails.min(12)).min(RETRY_MAX);
     let half_us = (whole.as_micros() / 2) as u64;
     Duration::from_micros(half_us + chance % (half_us + 1)).max(RETRY_MIN)
+}
+
+/// How long a client trusts what it may do after it last heard of its server, which waits longer.
+pub fn lease(timeout: Duration) -> Duration {
+    timeout.min(TIMEOUT) * 4 / 5
+}
+
+/// How long a server is waited for that is there, but does not answer: others may have to let go
+/// first, and to ship what they have changed.
+pub fn patience(timeout: Duration) -> Duration {
+    timeout * 3
+}
+
+/// What a client may do with the volume when it comes: as much as nobody minds. `alone`: nobody
+/// else may do anything; `written`: somebody may change something; `clients`: all there are.
+pub fn first_right(alone: bool, written: bool, clients: usize) -> Mode {
+    match (alone, written) {
+        (true, _) => Mode::Write,
+        (false, false) if clients <= READ_ALL_CLIENTS_MAX => Mode::Read,
+        _ => Mode::None,
+    }
 }
 
 /// How long shipping rests after the server could not take a batch.

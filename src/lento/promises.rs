@@ -132,6 +132,34 @@ impl Promises {
         }
         out
     }
+    /// Whether the client was promised to be told of this object.
+    pub fn holds(&self, conn: ConnId, fid: Fid) -> bool {
+        self.objects.get(&fid).is_some_and(|holders| holders.as_slice().contains(&conn))
+    }
+    /// Whether the client holds any promise at all.
+    pub fn is_holder(&self, conn: ConnId) -> bool {
+        self.holders.get(&conn).is_some_and(|h| h.count > 0 || h.blanket || h.all)
+    }
+    /// Whether it holds so many that it hears of every change.
+    pub fn is_all(&self, conn: ConnId) -> bool {
+        self.holders.get(&conn).is_some_and(|holder| holder.all)
+    }
+    /// Ends one promise.
+    pub fn drop_one(&mut self, conn: ConnId, fid: Fid) {
+        let Some(holders) = self.objects.get(&fid) else { return };
+        let (held, rest): (Vec<ConnId>, Vec<ConnId>) =
+            holders.as_slice().iter().partition(|of| **of == conn);
+        if held.is_empty() {
+            return;
+        }
+        match Holders::of(rest) {
+            Some(rest) => self.objects.insert(fid, rest),
+            None => self.objects.remove(&fid),
+        };
+        if let Some(holder) = self.holders.get_mut(&conn) {
+            holder.count -= 1;
+        }
+    }
     /// The client is gone, and its promises with it.
     pub fn forget(&mut self, conn: ConnId) {
         if self.holders.remove(&conn).is_some_and(|holder| holder.count > 0) {

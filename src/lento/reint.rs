@@ -14,6 +14,7 @@ use crate::kml::record::{Fid, Op, Over, Seq, Stamp};
 use super::intake::{Arrival, Change, Content, Fetch, Key, Piece};
 use super::message::{Acked, Code, Data, Failed, Read, Stamped};
 use super::promises::{ConnId, Round};
+use super::rights::made;
 use super::server::{Effect, Peer, Server, State, VolumeNo, Why};
 
 /// Most half-fetched contents that a volume keeps for clients that went away.
@@ -59,6 +60,8 @@ pub(super) struct Batch {
     touched: Vec<Fid>,
     /// of these, what lost its last name
     gone: HashSet<Fid>,
+    /// and what was made, with the directory
+    made: Vec<(Fid, Fid)>,
     stage: Stage,
     /// breaks that are not answered
     waiting: usize,
@@ -157,6 +160,7 @@ impl Server {
         touched.sort_unstable();
         touched.dedup();
         let gone = changes.iter().filter_map(|change| removed(&change.record.op)).collect();
+        let made = changes.iter().filter_map(|change| made(&change.record.op)).collect();
         let fetches = changes.iter().filter_map(|change| Fetch::of(node, change));
         let parked = &mut self.volumes[volume].parked;
         let fetches = fetches.map(|fetch| parked.take(fetch)).collect();
@@ -169,6 +173,7 @@ impl Server {
             fetches,
             touched,
             gone,
+            made,
             stage: Stage::Fetching,
             waiting: 0,
             synced: false,
@@ -236,6 +241,7 @@ impl Server {
 
     pub(super) fn on_data(&mut self, conn: ConnId, id: u64, data: Data, now: Instant) {
         let Some(peer) = self.peers.get_mut(&conn) else { return };
+        peer.moved_at = now;
         let volume = peer.volume;
         let Some(read) = peer.reads.remove(&id) else { return };
         if data.at != read.piece.at || data.bytes.len() > read.piece.len as usize {
@@ -330,10 +336,18 @@ impl Server {
             batch.stage = Stage::Settling(no);
             batch.waiting = count;
             batch.applied = Applied { upto: applied.upto.max(batch.after), ..applied };
-            let gone = std::mem::take(&mut batch.gone);
+            let (gone, made) = (std::mem::take(&mut batch.gone), std::mem::take(&mut batch.made));
+            let upto = batch.applied.upto;
             for fid in touched.into_iter().filter(|fid| !gone.contains(fid)) {
                 // what it changed, it has in its cache
-                self.volumes[volume].promises.give(conn, fid);
+                self.promise(volume, conn, fid);
+            }
+            let gone: Vec<Fid> = gone.into_iter().collect();
+            self.on_made(volume, conn, &made, &gone);
+            if let Some(peer) = self.peers.get_mut(&conn) {
+                peer.moved_at = now;
+                let node = peer.node;
+                self.has_come(volume, node, upto, now);
             }
         }
         self.sync(volume);

@@ -20,6 +20,7 @@ use crate::kml::record::{Fid, Seq, Stamp};
 
 use super::intake::{Change, Key};
 use super::message::{Code, Failed, Hello, Message, Ping, Pong, Refused, VERSION, Welcome};
+use super::permits::{Lettings, Permits, lease_end};
 use super::promises::{ConnId, PROMISES_MAX, Promises, Round};
 use super::reint::{Batch, Parked, Ticket, ToRead};
 
@@ -30,7 +31,7 @@ pub struct Settings {
     pub greet_max: Duration,
     /// of a peer, until it is asked whether it lives
     pub ping_after: Duration,
-    /// of a peer, until it is gone
+    /// of a peer, until it is gone: the lease of what it may do
     pub silence_max: Duration,
     /// until a break is answered
     pub break_max: Duration,
@@ -78,6 +79,8 @@ pub enum Why {
     Silent,
     #[error("it did not answer a break in time")]
     BreakUnanswered,
+    #[error("it did not let go in time what others need")]
+    RecallUnanswered,
     #[error("it did not send a piece of a file in time")]
     FetchUnanswered,
     #[error("message {0} out of turn")]
@@ -118,6 +121,7 @@ pub(super) struct Volume {
     /// newest stamp that a power cut cannot take back
     pub(super) durable: Stamp,
     pub(super) promises: Promises,
+    pub(super) permits: Permits,
     /// batches that were applied
     pub(super) applied: u64,
     /// of these, how many the sync under way covers
@@ -140,9 +144,13 @@ pub(super) struct Peer {
     pub(super) state: State,
     opened_at: Instant,
     heard_at: Instant,
+    /// when something came of what it ships
+    pub(super) moved_at: Instant,
     pinged: bool,
     host: String,
     hello_id: u64,
+    /// the newest record of its journal when it came
+    pending: Seq,
     pub(super) volume: VolumeNo,
     pub(super) node: u32,
     /// `upto` of the last batch that was taken in
@@ -179,6 +187,7 @@ pub struct Server {
     pub(super) peers: BTreeMap<ConnId, Peer>,
     /// by the id of the request
     pub(super) breaks: HashMap<(ConnId, u64), BreakWait>,
+    pub(super) lettings: Lettings,
     pub(super) effects: VecDeque<Effect>,
     pub(super) last_id: u64,
     pub(super) last_ticket: Ticket,
@@ -193,6 +202,7 @@ impl Server {
             volumes: Vec::new(),
             peers: BTreeMap::new(),
             breaks: HashMap::new(),
+            lettings: Lettings::default(),
             effects: VecDeque::new(),
             last_id: 0,
             last_ticket: Ticket(0),
@@ -206,6 +216,7 @@ impl Server {
             id,
             durable,
             promises: Promises::new(self.settings.promises_max),
+            permits: Permits::default(),
             applied: 0,
             syncing: None,
             dead: false,
@@ -239,9 +250,11 @@ impl Server {
             state: State::Greeting,
             opened_at: now,
             heard_at: now,
+            moved_at: now,
             pinged: false,
             host: String::new(),
             hello_id: 0,
+            pending: Seq(0),
             volume: 0,
             node: 0,
             expected: Seq(0),
@@ -252,9 +265,15 @@ impl Server {
     }
     /// The connection has ended by itself.
     pub fn on_closed(&mut self, conn: ConnId, now: Instant) {
+        let lease = self.settings.silence_max;
+        let until = self.peers.get(&conn).map(|peer| lease_end(peer.heard_at, lease));
+        self.on_gone(conn, until, now);
+    }
+    /// `lease`: until then the client may not know it.
+    fn on_gone(&mut self, conn: ConnId, lease: Option<Instant>, now: Instant) {
         let Some(peer) = self.peers.remove(&conn) else { return };
+        let no = peer.volume;
         let volume = &mut self.volumes[peer.volume];
-        volume.promises.forget(conn);
         if volume.nodes.get(&peer.node) == Some(&conn) {
             volume.nodes.remove(&peer.node);
         }
@@ -270,6 +289,9 @@ impl Server {
             self.breaks.keys().filter(|(of, _)| *of == conn).map(|(_, id)| *id).collect();
         for id in waits {
             self.on_break_over(conn, id, now);
+        }
+        if peer.state == State::Live {
+            self.on_permits_closed(no, conn, lease, now);
         }
     }
 
@@ -292,7 +314,17 @@ impl Server {
                 self.on_hello(conn, hello, now);
             }
             (State::Greeting, _) => self.close(conn, Why::Impolite, now),
-            (State::Live, Message::Pong(_)) if answer => self.on_break_over(conn, id, now),
+            (State::Live, Message::Pong(_)) if answer => {
+                if !self.on_released(conn, id, None, now) {
+                    self.on_break_over(conn, id, now);
+                }
+            }
+            (State::Live, Message::Released(released)) => match answer {
+                true => _ = self.on_released(conn, id, Some(released), now),
+                false => self.on_farewell(conn, now),
+            },
+            (State::Live, Message::Ask(ask)) if !answer => self.on_ask(conn, id, ask.fids, now),
+            (State::Live, Message::Since(since)) if !answer => self.on_since(conn, id, since, now),
             (State::Live, Message::Data(data)) if answer => self.on_data(conn, id, data, now),
             (State::Live, Message::Failed(failed)) if answer => {
                 self.on_failed(conn, id, failed, now);
@@ -306,13 +338,8 @@ impl Server {
                 request @ (Message::List(_)
                 | Message::Stat(_)
                 | Message::Read(_)
-                | Message::Since(_)
                 | Message::Statfs(_)),
             ) if !answer => {
-                if let Message::Since(_) = request {
-                    // before the history is read: what comes after it is broken to the client
-                    self.volumes[volume].promises.give_blanket(conn);
-                }
                 self.effects.push_back(Effect::Ask { conn, id, volume, node, request });
             }
             _ => self.close(conn, Why::OutOfTurn(op), now),
@@ -347,6 +374,7 @@ impl Server {
                 peer.state = State::Asked;
                 peer.volume = volume;
                 peer.host.clone_from(&hello.host);
+                peer.pending = hello.pending;
                 self.effects.push_back(Effect::Meet { conn, volume, hello });
             }
             (Some((code, what)), _, _) => self.refuse(conn, code, what, now),
@@ -357,7 +385,7 @@ impl Server {
     pub fn on_met(&mut self, conn: ConnId, node: u32, acked: Seq, now: Instant) {
         let Some(peer) = self.peers.get_mut(&conn) else { return };
         (peer.state, peer.node, peer.expected) = (State::Live, node, acked);
-        let (no, id) = (peer.volume, peer.hello_id);
+        let (no, id, pending) = (peer.volume, peer.hello_id, peer.pending);
         let volume = &mut self.volumes[no];
         let before = volume.nodes.insert(node, conn);
         let welcome = Welcome {
@@ -372,18 +400,28 @@ impl Server {
         if let Some(before) = before.filter(|before| *before != conn) {
             self.close(before, Why::Replaced, now);
         }
+        self.on_permits_met(conn, pending, acked, now);
     }
     /// The client cannot be taken.
     pub fn on_unmet(&mut self, conn: ConnId, code: Code, what: String, now: Instant) {
         self.refuse(conn, code, what, now);
     }
-    /// A request was answered; `given` are the objects whose state stands in the answer.
-    pub fn on_answer(&mut self, conn: ConnId, id: u64, message: Message, given: &[Fid]) {
-        let Some(peer) = self.peers.get(&conn) else { return };
-        let volume = &mut self.volumes[peer.volume];
-        for fid in given {
-            volume.promises.give(conn, *fid);
+    /// A request was answered; `given` are the objects whose state stands in the answer. If others
+    /// have newer states of them, it is thrown away, and the request is answered again later.
+    pub fn on_answer(
+        &mut self,
+        conn: ConnId,
+        id: u64,
+        (request, mut message): (&Message, Message),
+        given: &[Fid],
+        now: Instant,
+    ) {
+        if !given.is_empty() && !self.may_answer(conn, id, (request, given), now) {
+            return;
         }
+        self.give(conn, given, &mut message);
+        let Some(peer) = self.peers.get(&conn) else { return };
+        let volume = &self.volumes[peer.volume];
         let message = match message {
             // what a power cut may take back is no place to go on from
             Message::Changes(mut changes) => {
@@ -408,7 +446,7 @@ impl Server {
             fetch.map_or(silent, |fetch| fetch.min(silent))
         };
         let breaks = self.breaks.values().map(|wait| wait.until);
-        self.peers.values().map(of_peer).chain(breaks).min()
+        self.peers.values().map(of_peer).chain(breaks).chain(self.permits_wake_at()).min()
     }
     /// Time has passed.
     pub fn wake(&mut self, now: Instant) {
@@ -432,6 +470,7 @@ impl Server {
         }
         let overdue = self.breaks.iter().filter(|(_, wait)| wait.until <= now);
         late.extend(overdue.map(|((conn, _), _)| (*conn, Why::BreakUnanswered)));
+        late.extend(self.wake_permits(now));
         for conn in ask {
             self.request(conn, false, Ping {}.into());
         }
@@ -450,6 +489,15 @@ impl Server {
         now: Instant,
     ) -> usize {
         let told = self.volumes[volume].promises.take(fids, conn, round);
+        let permits = &self.volumes[volume].permits;
+        let told: Vec<(ConnId, Vec<Fid>)> = told
+            .into_iter()
+            .map(|(holder, mut fids)| {
+                fids.retain(|fid| !permits.has_let_go(holder, *fid));
+                (holder, fids)
+            })
+            .filter(|(holder, fids)| !fids.is_empty() && self.peers.contains_key(holder))
+            .collect();
         let count = told.len();
         for (holder, fids) in told {
             let id = self.request(holder, false, super::message::Break { fids }.into());
@@ -480,9 +528,15 @@ impl Server {
         self.close(conn, Why::Refused(what), now);
     }
     pub(super) fn close(&mut self, conn: ConnId, why: Why, now: Instant) {
-        if self.peers.contains_key(&conn) {
+        let lease = self.settings.silence_max;
+        if let Some(peer) = self.peers.get(&conn) {
+            // Who was told, and does not do it, is waited for no longer.
+            let until = match why {
+                Why::RecallUnanswered | Why::BreakUnanswered => None,
+                _ => Some(lease_end(peer.heard_at, lease)),
+            };
             self.effects.push_back(Effect::Close { conn, why });
-            self.on_closed(conn, now);
+            self.on_gone(conn, until, now);
         }
     }
 }

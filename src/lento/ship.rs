@@ -42,6 +42,8 @@ pub(super) struct Shipper {
     acked: Seq,
     sent: Seq,
     target: Seq,
+    /// somebody else needs all up to here, settled or not
+    recalled: Seq,
     settled: Seq,
     /// since when records beyond `target` wait
     ageing_since: Option<Instant>,
@@ -63,6 +65,7 @@ impl Shipper {
             acked,
             sent: acked,
             target: acked,
+            recalled: Seq(0),
             settled: acked,
             ageing_since: None,
             written_len: 0,
@@ -77,6 +80,9 @@ impl Shipper {
     }
     pub fn acked(&self) -> Seq {
         self.acked
+    }
+    pub fn settled(&self) -> Seq {
+        self.settled
     }
     pub fn shipped_len(&self) -> u64 {
         self.shipped_len
@@ -120,6 +126,11 @@ impl Shipper {
         self.written_len_at_target = self.written_len;
     }
 
+    /// What is in the journal up to here is to go as soon as it is settled.
+    pub fn ask_upto(&mut self, upto: Seq) {
+        self.recalled = self.recalled.max(upto);
+    }
+
     /// Asks for the next batch if one is due and may go.
     pub fn fill(&mut self, line: &mut Line, now: Instant) {
         if let Some(since) = self.ageing_since {
@@ -130,6 +141,7 @@ impl Shipper {
                 self.ask_all();
             }
         }
+        self.target = self.target.max(self.recalled.min(self.settled));
         let may = !self.cutting && self.rest_until.is_none();
         if may && self.sent < self.target && self.in_flight.len() < policy::WINDOW {
             self.cutting = true;

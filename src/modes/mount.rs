@@ -18,6 +18,7 @@ use anyhow::Context;
 use super::{Exit, Failure, exit_code, fail};
 use crate::cli::MountArgs;
 use crate::cli::options::{MountOptions, Passthrough, Source};
+use crate::lento::rights::Held;
 use crate::net::client::{self, Handle, Peer};
 use crate::net::control;
 use crate::net::server::{self, Server};
@@ -187,13 +188,15 @@ impl Running {
         let opened = cache::open(place, &args.source, &volume)?;
         let (notify, kernel) = wire::notifier()?;
         let (age, host) = (settings.age, sys::daemon::host_name());
-        let options = client::Options { age, host };
+        let rights = Arc::new(Held::default());
+        let options = client::Options { age, host, rights: rights.clone() };
         let handle = client::start(opened.cache.clone(), peer, options, notify)?;
         handle.set_timeout(settings.timeout);
         wire::meet(&handle, (place, &opened.cache), &args.source, settings.timeout)?;
         let filter = Arc::new(Filter {
             cache: opened.cache,
             lento: Arc::new(wire::Way(handle.clone())),
+            rights,
             files: Default::default(),
             writers: opened.writers,
             mapped: Default::default(),

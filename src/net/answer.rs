@@ -3,15 +3,20 @@
 //! The volume knows no messages, and the machine no files: here each is put in the other's terms.
 
 use crate::kml::codec;
-use crate::kml::record::{Fid, Seq};
+use crate::kml::record::{Fid, Seq, Stamp};
 use crate::lento::intake::{self, BadBatch, Change, Content};
 use crate::lento::message::{
     Batch, Changes, Code, Data, Entry, Failed, Message, Object, Page, Pong, Space, Stat, Status,
     WHAT_LEN_MAX, Xattr,
 };
 use crate::lento::reint;
+use crate::lento::rights::Mode;
 use crate::replica::apply::{self, Incoming};
 use crate::replica::volume::{self, Volume, VolumeError};
+use crate::sys::fs::Kind;
+
+/// Contents up to this size travel with the attributes of a file that has changed, bytes.
+const FRESH_LEN_MAX: u32 = 32 << 10;
 
 /// Why a batch cannot be taken apart.
 #[derive(Debug, thiserror::Error)]
@@ -63,9 +68,18 @@ fn try_answer(
             let page = Page { dir: object(found.dir), entries, more: found.more };
             (page.into(), given)
         }
-        Message::Stat(Stat { fid }) => {
-            let object = object(volume.stat(*fid)?);
-            (Status { object }.into(), vec![*fid])
+        Message::Stat(Stat { fid, have }) => {
+            let found = volume.stat(*fid)?;
+            // What the client has seen before, it most likely reads again.
+            let is_old =
+                *have != Stamp(0) && *have < found.stamp && Kind::of(found.attr.mode) == Kind::File;
+            let is_small = found.attr.size <= FRESH_LEN_MAX.into();
+            let data = match is_old && is_small && found.attr.size > 0 {
+                true => Some(volume.read(node, *fid, 0, FRESH_LEN_MAX, found.stamp)?.bytes),
+                false => None,
+            };
+            let data = data.filter(|bytes| bytes.len() as u64 == found.attr.size);
+            (Status { object: object(found), mode: Mode::None, data }.into(), vec![*fid])
         }
         Message::Read(read) => {
             let piece = volume.read(node, read.fid, read.at, read.len, read.stamp)?;
@@ -75,7 +89,8 @@ fn try_answer(
         Message::Since(since) => {
             let found = volume.since(since.stamp, node)?;
             let (fids, upto) = (found.fids, found.upto);
-            (Changes { fids, upto, more: found.more, lost: found.lost }.into(), Vec::new())
+            let (more, lost, volume) = (found.more, found.lost, Mode::None);
+            (Changes { fids, upto, more, lost, volume }.into(), Vec::new())
         }
         Message::Statfs(_) => {
             let space = volume.space()?;

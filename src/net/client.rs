@@ -25,6 +25,7 @@ use crate::kml::record::{Fid, Seq};
 use crate::lento::client::Unmet;
 use crate::lento::message::{Code, Space};
 use crate::lento::policy;
+use crate::lento::rights::Held;
 use crate::replica::cache::Cache;
 use crate::replica::hydrate::Notice;
 use crate::sys::fs;
@@ -58,11 +59,13 @@ pub struct Options {
     pub age: Duration,
     /// for people, at the server
     pub host: String,
+    /// what may be done without asking, as the loop knows it
+    pub rights: Arc<Held>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { age: policy::AGE, host: String::new() }
+        Options { age: policy::AGE, host: String::new(), rights: Arc::default() }
     }
 }
 
@@ -75,7 +78,12 @@ pub enum Want {
     Object(Fid),
     /// `at..at + len` of a file
     Bytes { fid: Fid, at: u64, len: u64 },
+    /// these are to be changed
+    Permit(Few),
 }
+
+/// The objects of one operation: the first ones, up to the first `None`.
+pub type Few = [Option<Fid>; 4];
 
 /// What is called in the end.
 pub type Then = Box<dyn FnOnce(Result<(), Unmet>) + Send>;
@@ -151,6 +159,7 @@ enum In {
     WaitAcked(Seq, Waiter),
     WantSpace,
     BreakDone { generation: u64, id: u64 },
+    Told { generation: u64, recall_id: u64 },
     Resolved { generation: u64, found: std::io::Result<Vec<std::net::SocketAddr>> },
     Cut { generation: u64, cut: work::Cut },
     Stop,

@@ -305,7 +305,13 @@ mod tests {
         let strange = Frame { op: 999, answer: false, id: 5, body: vec![1, 2, 3] };
         a.lanes[0].push_back(strange.encode(false).unwrap());
         a.lane_lens[0] += 27;
-        a.send(Lane::Foreground, 6, false, &Stat { fid: Fid(1) }.into()).unwrap();
+        a.send(
+            Lane::Foreground,
+            6,
+            false,
+            &Stat { fid: Fid(1), have: crate::kml::record::Stamp(0) }.into(),
+        )
+        .unwrap();
         assert_eq!(pump(&mut a, &mut b, 1)[0].id, 6);
         let answer = pump(&mut b, &mut a, 1);
         assert!(matches!(answer[0], Incoming { id: 5, answer: true, message: Message::Failed(_) }));

@@ -417,7 +417,7 @@ impl Server {
                 Effect::Ask { conn, id, volume, node, request } => {
                     let (message, given) =
                         answer::answer(&mut self.volumes[volume], node, &request);
-                    self.machine.on_answer(conn, id, message, &given);
+                    self.machine.on_answer(conn, id, (&request, message), &given, now);
                 }
                 Effect::Spool { volume, key, at, bytes } => {
                     if let Err(e) = self.volumes[volume].spool(key.node, key.seq, at, &bytes) {

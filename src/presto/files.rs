@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::filter::{Filter, Result, Spot, Stop, missing};
+use super::filter::{Filter, Result, Spot, Stop, done, missing};
 use super::open::{Closed, Mark, Open, Way, open_backing};
 use crate::kml::record::{Fid, Op, Range, Stamp, Time};
 use crate::replica::hydrate::CAPABILITY;
@@ -48,6 +48,9 @@ impl Filter {
             && let Some(miss) = missing(&object.meta, 0, u64::MAX)
         {
             return Err(miss);
+        }
+        if writer {
+            self.permitted([fid].into_iter())?;
         }
         let complete = object.meta.complete;
         let way = || -> Result<Way> {
@@ -88,7 +91,7 @@ impl Filter {
 
     /// Closes one handle, in any case. True when it was the object's last.
     pub fn close(&self, open: &Open, writer: bool) -> (bool, Result<()>) {
-        let stored = if writer { self.store(open) } else { Ok(()) };
+        let stored = if writer { done(|| self.store(open)) } else { Ok(()) };
         let Closed { last, slot } = self.files.close(open, writer);
         // A store that failed leaves its note: the next start stores the file.
         if let (Some(slot), Ok(())) = (slot, &stored) {
@@ -249,7 +252,7 @@ impl Filter {
         for range in meta.present(stat.size) {
             open.wrote(range.at, range.len);
         }
-        let stored = self.store(&open);
+        let stored = done(|| self.store(&open));
         self.files.close(&open, false);
         stored
     }

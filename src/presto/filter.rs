@@ -9,6 +9,7 @@ use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::thread::LocalKey;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::mapped::Mapped;
@@ -18,6 +19,7 @@ use crate::kml::log::LogError;
 use crate::kml::record::{Fid, Name, Op, Origin, Place, ROOT, Record, Seq, Time};
 use crate::kml::writers::Writers;
 use crate::lento::message::Space;
+use crate::lento::rights::{self, Held, Mode};
 use crate::replica::cache::Cache;
 use crate::replica::meta::Meta;
 use crate::replica::ops::time_of_ns;
@@ -36,6 +38,8 @@ pub enum Want {
     Object(Fid),
     /// `at..at + len` of a file
     Bytes { fid: Fid, at: u64, len: u64 },
+    /// these are to be changed: nobody else may have them then
+    Permit([Option<Fid>; 4]),
 }
 
 /// Why an operation did not end.
@@ -101,6 +105,8 @@ pub trait Lento: Send + Sync {
 pub struct Filter {
     pub cache: Arc<Cache>,
     pub lento: Arc<dyn Lento>,
+    /// what may be done without asking
+    pub rights: Arc<Held>,
     pub files: OpenFiles,
     /// which files are open for writing: outlives the process
     pub writers: Writers,
@@ -162,26 +168,56 @@ impl AsFd for Object {
 thread_local! {
     /// the operation on this thread takes what is here, stale or not
     static AS_IS: Cell<bool> = const { Cell::new(false) };
+    /// what was done cannot be undone: it is journaled, permit or not
+    static DONE: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Runs an operation that takes what is here as it is: what it wanted was fetched, and has
 /// changed again meanwhile. That is as fresh as can be had.
 pub fn as_is<T>(op: impl FnOnce() -> T) -> T {
-    struct Fresh;
-    impl Drop for Fresh {
+    with(&AS_IS, op)
+}
+
+/// Journals what has been done already, also where the permit for it was lost meanwhile: the server
+/// finds out whether it conflicts.
+pub fn done<T>(op: impl FnOnce() -> T) -> T {
+    with(&DONE, op)
+}
+
+fn with<T>(flag: &'static LocalKey<Cell<bool>>, op: impl FnOnce() -> T) -> T {
+    struct Reset(&'static LocalKey<Cell<bool>>);
+    impl Drop for Reset {
         fn drop(&mut self) {
-            AS_IS.set(false); // also after a panic
+            self.0.set(false); // also after a panic
         }
     }
-    let _fresh = Fresh;
-    AS_IS.set(true);
+    let _reset = Reset(flag);
+    flag.set(true);
     op()
 }
 
 impl Filter {
     /// Whether what is here may be answered: no promise for it was broken, or there is no better.
     pub fn valid(&self, meta: &Meta) -> bool {
-        self.cache.valid(meta) || AS_IS.get()
+        (self.cache.valid(meta) && self.may(meta.fid, Mode::Read)) || AS_IS.get()
+    }
+
+    /// Whether nobody else stands against it. Away from the server nobody can be asked.
+    pub fn may(&self, fid: Fid, mode: Mode) -> bool {
+        self.rights.mode(fid) >= mode || !self.cache.is_online()
+    }
+
+    /// Stops with a miss where one of the objects may not be changed. Under their locks: a recall
+    /// waits for who has passed this.
+    pub fn permitted(&self, fids: impl Iterator<Item = Fid>) -> Result<()> {
+        let mut few = [None; 4];
+        let (mut lacks, mut count) = (false, 0);
+        for fid in fids {
+            lacks |= !self.may(fid, Mode::Write);
+            few[count.min(3)] = Some(fid);
+            count += 1;
+        }
+        if lacks && !DONE.get() { Err(Stop::Miss(Want::Permit(few))) } else { Ok(()) }
     }
 
     /// The directory, with all its entries here.
@@ -279,9 +315,13 @@ impl Filter {
         let time_ns = now_ns();
         let origin = Origin::default();
         let record = Record { time_ns, origin, uid: by.uid, gid: by.gid, path, op };
+        self.permitted(rights::needs(&record.op))?;
         let ticket = self.cache.append(&record)?;
         let done = act(time_of_ns(time_ns));
         let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Void };
+        if done.is_ok() {
+            self.rights.made(&record.op);
+        }
         self.cache.settle(ticket, outcome);
         done
     }
@@ -311,7 +351,10 @@ impl Filter {
     /// The object for the kernel.
     pub fn found(&self, stat: Stat, meta: &Meta) -> Found {
         // What is answered for want of better must be asked for again: no notice ends it.
-        let keep = stat.nlink > 0 && self.cache.current(meta);
+        let keep = stat.nlink > 0 && self.cache.current(meta) && self.may(meta.fid, Mode::Read);
+        if keep {
+            self.cache.note_given(meta.fid);
+        }
         Found { fid: meta.fid, stat: shown(stat, meta), keep }
     }
 }

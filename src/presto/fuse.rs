@@ -40,7 +40,7 @@ const NOT: Duration = Duration::ZERO;
 /// Fids are never used twice.
 const GENERATION: Generation = Generation(0);
 /// After so many fetches an operation takes what is here: it changes as fast as it comes.
-const FRESH_TRIES_MAX: u32 = 8;
+const FRESH_TRIES_MAX: u32 = 32;
 /// After so many it is given up.
 const TRIES_MAX: u32 = 64;
 /// Largest write request, bytes.

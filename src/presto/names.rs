@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::filter::{Filter, Found, Result, shown};
 use super::open::{Mark, Open, Way};
 use crate::kml::record::{Fid, Gone, Name, Op, Over, TARGET_LEN_MAX};
+use crate::lento::rights::Mode;
 use crate::replica::meta::Meta;
 use crate::replica::ops::attr_of;
 use crate::replica::tree::Dir;
@@ -30,13 +31,18 @@ impl Filter {
         let (stat, meta) = self.entry_here(&dir, &name)?;
         self.whole_for_kernel(&meta)?;
         let found = self.found(stat, &meta);
-        Ok(Found { keep: found.keep && self.cache.current(&dir.meta()), ..found })
+        Ok(Found { keep: found.keep && self.keeps(&dir), ..found })
+    }
+
+    /// Whether the kernel may keep what the directory contains.
+    fn keeps(&self, dir: &Dir) -> bool {
+        self.cache.current(&dir.meta()) && self.may(dir.fid, Mode::Read)
     }
 
     /// Whether the kernel may be told for good that a name is not in the directory.
     pub fn may_keep_absence(&self, dir: Fid) -> bool {
         self.keep_absent.load(Ordering::Relaxed)
-            && self.cache.tree.dir(dir).is_ok_and(|dir| self.cache.current(&dir.meta()))
+            && self.cache.tree.dir(dir).is_ok_and(|dir| self.keeps(&dir))
     }
 
     /// Entries of the directory from `offset` on, until `take` says false. `.` and `..` too.
@@ -85,7 +91,7 @@ impl Filter {
                 };
                 let found = self.found(stat, &meta);
                 let is_same = kind.is_none_or(|k| k == found.stat.kind());
-                let keep = found.keep && is_same && self.cache.current(&dir.meta());
+                let keep = found.keep && is_same && self.keeps(dir);
                 Found { keep, ..found }
             }
         };

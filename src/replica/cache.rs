@@ -3,7 +3,7 @@
 //! One struct that the filter's threads, the loop and its worker share. It joins the parts and
 //! decides nothing: whether something may be answered from here says lento's policy.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -90,6 +90,8 @@ pub struct Cache {
     writing: Mutex<Writing>,
     /// of these, what the server has new contents of
     wanted: Mutex<Vec<Fid>>,
+    /// what the kernel was given to keep
+    given: Mutex<HashSet<Fid>>,
     online: AtomicBool,
     epoch: AtomicU32,
     /// data that the tree holds, bytes, about
@@ -122,6 +124,7 @@ impl Cache {
             pending: Mutex::new(pending),
             bell: Bell::default(),
             writing: Mutex::default(),
+            given: Mutex::default(),
             wanted: Mutex::default(),
             online: AtomicBool::new(false),
             epoch: AtomicU32::new(epoch),
@@ -176,6 +179,20 @@ impl Cache {
     /// it without asking.
     pub fn want_now(&self, fid: Fid) {
         self.wanted.lock().unwrap_or_else(|e| e.into_inner()).push(fid);
+    }
+    /// The kernel keeps what it was told of the object, until it is told otherwise.
+    pub fn note_given(&self, fid: Fid) {
+        self.given.lock().unwrap_or_else(|e| e.into_inner()).insert(fid);
+    }
+    /// The kernel has forgotten the object by itself.
+    pub fn note_forgotten(&self, fid: Fid) {
+        self.given.lock().unwrap_or_else(|e| e.into_inner()).remove(&fid);
+    }
+    /// Everything that the kernel may keep; it is about to be told otherwise.
+    pub fn take_given(&self) -> Vec<Fid> {
+        std::mem::take(&mut *self.given.lock().unwrap_or_else(|e| e.into_inner()))
+            .into_iter()
+            .collect()
     }
     /// What must come at once, and was not told yet.
     pub fn take_wanted(&self) -> Vec<Fid> {

@@ -364,10 +364,10 @@ pub fn mark_stale(cache: &Cache, fids: &[Fid]) -> (Vec<Notice>, Result<()>) {
             Ok(Some(())) => {}
             Err(e) => result = Err(e),
         }
-        let names = cache.tree.names(*fid).unwrap_or_default();
+        // Its names are its directories' matter. And to forget one, the kernel would wait for whoever
+        // looks something up there, who may wait for this very object.
         let is_dir = *fid == ROOT || cache.tree.dir(*fid).is_ok();
         notices.push(Notice::Object { fid: *fid, dir: is_dir });
-        notices.extend(names.into_iter().map(|(dir, name)| Notice::Entry { dir, name }));
     }
     (notices, result)
 }

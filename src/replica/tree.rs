@@ -181,6 +181,13 @@ impl Tree {
         lock_of(&self.objects, fids)
     }
 
+    /// Returns when everybody who holds a lock now has given it back.
+    pub fn barrier(&self) {
+        for lock in self.names.iter().chain(&self.objects) {
+            drop(held(lock));
+        }
+    }
+
     /// While this is held, what has no name at the moment is not taken for gone.
     pub fn moving(&self) -> RwLockReadGuard<'_, ()> {
         self.moving.read().unwrap_or_else(|e| e.into_inner())

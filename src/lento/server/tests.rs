@@ -5,6 +5,7 @@ use super::super::message::{
     Acked, Batch, Break, Changes, Data, List, Page, Pong, Read, Since, Stamped, Stat,
 };
 use super::super::reint::Applied;
+use super::super::rights::Mode;
 use super::*;
 use crate::kml::record::{Name, Op, Origin, Place, Range, Record, Time};
 
@@ -27,6 +28,7 @@ fn hello(volume: &str) -> Hello {
         node: 0,
         volume_id: [0; 16],
         host: "h".into(),
+        pending: Seq(0),
     }
 }
 
@@ -71,7 +73,8 @@ impl Rig {
     }
     fn give(&mut self, conn: ConnId, fids: &[u64]) {
         let given: Vec<Fid> = fids.iter().map(|f| Fid(*f)).collect();
-        self.server.on_answer(conn, 0, Pong { stamp: Stamp(0) }.into(), &given);
+        let request = List { dir: Fid(1), after: vec![] }.into();
+        self.server.on_answer(conn, 0, (&request, pong()), &given, self.now);
         self.take();
     }
     fn batch(&mut self, conn: ConnId, after: u64, changes: Vec<Change>) {
@@ -198,7 +201,7 @@ fn the_silent_and_the_impolite_are_closed() {
     rig.pass(Duration::from_secs(10));
     assert_eq!(closed(&rig.take()), [(A, Why::NoHello)]);
     rig.server.on_connect(B, rig.now);
-    rig.say(B, 1, Stat { fid: Fid(1) }.into());
+    rig.say(B, 1, Stat { fid: Fid(1), have: Stamp(0) }.into());
     assert_eq!(closed(&rig.take()), [(B, Why::Impolite)]);
     assert_eq!(rig.server.wake_at(), None);
 }
@@ -298,10 +301,12 @@ fn a_batch_breaks_before_it_is_applied_and_is_acked_when_durable() {
 #[test]
 fn stamps_that_are_not_durable_are_not_told() {
     let mut rig = two();
-    rig.say(A, 3, Since { stamp: Stamp(90) }.into());
+    rig.say(A, 3, Since { stamp: Stamp(90), read_all: false }.into());
     rig.take();
-    let changes = Changes { fids: vec![], upto: Stamp(105), more: false, lost: false };
-    rig.server.on_answer(A, 3, changes.into(), &[]);
+    let (upto, volume) = (Stamp(105), Mode::None);
+    let changes = Changes { fids: vec![], upto, more: false, lost: false, volume };
+    let since = Since { stamp: Stamp(90), read_all: false }.into();
+    rig.server.on_answer(A, 3, (&since, changes.into()), &[], rig.now);
     assert!(matches!(&rig.take()[..], [Effect::Send { message: Message::Changes(c), .. }]
         if c.upto == Stamp(100)));
     // and from the question on, A hears of everything

@@ -30,6 +30,7 @@ impl Lento for Way {
             Want::Dir(fid) => client::Want::Dir(fid),
             Want::Object(fid) => client::Want::Object(fid),
             Want::Bytes { fid, at, len } => client::Want::Bytes { fid, at, len },
+            Want::Permit(few) => client::Want::Permit(few),
         };
         self.0.want(want, Box::new(|met| done(met.map_err(errno))));
     }

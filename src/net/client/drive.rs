@@ -13,6 +13,7 @@ use super::{In, Notify, Options, Peer, Shared, Waiter, Want};
 use crate::kml::record::{Fid, Seq, Stamp};
 use crate::lento::client::{Client, Effect, Settings, Ticket, Unmet, Want as Need, Who};
 use crate::lento::message::*;
+use crate::lento::rights::{Held, Mode};
 use crate::lento::ship::Bell;
 use crate::net::conn::{Conn, Lane};
 use crate::net::poll::{Event, Loop, Stream};
@@ -38,6 +39,7 @@ pub(super) struct Driver {
     machine: Client,
     timeout: Duration,
     notifier: Box<dyn Notify>,
+    rights: Arc<Held>,
     event_loop: Loop,
     inbox: Receiver<In>,
     worker: Worker,
@@ -109,6 +111,7 @@ impl Driver {
             machine,
             timeout: settings.timeout,
             notifier,
+            rights: options.rights,
             event_loop,
             inbox,
             worker,
@@ -223,6 +226,10 @@ impl Driver {
                 self.machine.on_break_done(id);
             }
             In::BreakDone { .. } => {}
+            In::Told { generation, recall_id } if generation == self.generation => {
+                self.machine.on_told(recall_id);
+            }
+            In::Told { .. } => {}
             In::Resolved { generation, found } => {
                 self.resolving = false;
                 if generation == self.generation {
@@ -241,14 +248,25 @@ impl Driver {
                 }
             },
             In::Cut { .. } => {}
-            In::Stop => self.stop = true,
+            In::Stop => {
+                if self.cache.pending().is_empty() {
+                    self.machine.farewell();
+                    self.turn(now);
+                }
+                self.stop = true;
+            }
         }
     }
 
     fn on_want(&mut self, want: Want, waiter: Waiter, now: Instant) {
         let (fid, need) = match want {
             Want::Dir(fid) => (fid, Need::Dir(fid)),
-            Want::Object(fid) => (fid, Need::Object(fid)),
+            Want::Object(fid) => (fid, Need::Object { fid, have: self.version(fid) }),
+            Want::Permit(few) => {
+                let fids: Vec<Fid> = few.into_iter().flatten().collect();
+                let Some(first) = fids.first() else { return waiter.end(Ok(())) };
+                (*first, Need::Permit(fids))
+            }
             Want::Bytes { fid, at, len } => match bytes_of(&self.cache, fid, at, len) {
                 Ok(Some(bytes)) => (fid, Need::Bytes(bytes)),
                 Ok(None) => return waiter.end(Ok(())),
@@ -260,6 +278,12 @@ impl Driver {
         self.next_ticket += 1;
         self.tickets.insert(self.next_ticket, (fid, waiter));
         self.machine.on_want(need, self.next_ticket, now);
+    }
+
+    /// Of a file that is all here.
+    fn version(&self, fid: Fid) -> Stamp {
+        let meta = self.cache.tree.find(fid).map(|(_, _, meta)| meta);
+        meta.ok().filter(|meta| meta.complete).map_or(Stamp(0), |meta| meta.stamp)
     }
 
     fn carry_out(&mut self, effect: Effect, now: Instant) {
@@ -292,6 +316,16 @@ impl Driver {
             }
             Effect::MarkStale { break_id, fids } => self.mark_stale(break_id, &fids),
             Effect::BumpEpoch => self.bump_epoch(),
+            Effect::SetVolume { mode, raise } => self.rights.edit(|rights| match raise {
+                true => rights.raise_volume(mode),
+                false => rights.set_volume(mode),
+            }),
+            Effect::Raise { fids, mode } => self.rights.edit(|rights| {
+                for fid in fids {
+                    rights.set(fid, rights.mode(fid).max(mode));
+                }
+            }),
+            Effect::Lower { recall_id, fids, mode } => self.lower(recall_id, &fids, mode, now),
             Effect::CutBatch { after, upto } => {
                 let generation = self.cutting;
                 self.worker.give(Job::Cut { generation, after, upto });
@@ -377,6 +411,11 @@ impl Driver {
     }
 
     fn mark_stale(&mut self, break_id: Option<u64>, fids: &[Fid]) {
+        self.rights.edit(|rights| {
+            for fid in fids {
+                rights.broken(*fid);
+            }
+        });
         let (notices, marked) = hydrate::mark_stale(&self.cache, fids);
         if let Err(e) = marked {
             self.note_error(&format!("a broken promise cannot be noted: {e}"));
@@ -391,6 +430,45 @@ impl Driver {
                 self.notify(notices, Box::new(done));
             }
         }
+    }
+
+    /// Others need what we may do. What we have changed of it is shipped; what we have not changed
+    /// can be read on, if that is all they want.
+    fn lower(&mut self, recall_id: u64, fids: &[Fid], mode: Mode, now: Instant) {
+        self.rights.edit(|rights| match fids {
+            [] => rights.set_volume(mode),
+            _ => fids.iter().for_each(|fid| rights.set(*fid, rights.mode(*fid).min(mode))),
+        });
+        // Whoever works by the old rights has journaled it when this returns.
+        self.cache.tree.barrier();
+        self.look_at = Some(now);
+        self.look_at_journal(now);
+        let acked = self.machine.acked();
+        let newest: Vec<(Fid, Seq)> = {
+            let pending = self.cache.pending();
+            fids.iter().map(|fid| (*fid, pending.own(*fid).newest())).collect()
+        };
+        let last = newest.iter().map(|(_, seq)| *seq).max();
+        let target = last.unwrap_or_else(|| self.cache.log.last());
+        let clean = |(_, seq): &&(Fid, Seq)| mode == Mode::Read && *seq <= acked;
+        let kept: Vec<Fid> = newest.iter().filter(clean).map(|(fid, _)| *fid).collect();
+        let gone: Vec<Fid> = newest.iter().filter(|own| !clean(own)).map(|(fid, _)| *fid).collect();
+        self.rights.edit(|rights| gone.iter().for_each(|fid| rights.set(*fid, Mode::None)));
+        self.machine.on_lowered(recall_id, target, kept, now);
+        let (shared, generation) = (self.shared.clone(), self.generation);
+        let done = Box::new(move || shared.tell(In::Told { generation, recall_id }));
+        if fids.is_empty() && mode == Mode::None {
+            let given = self.cache.take_given().into_iter();
+            let object = |fid| Notice::Object { fid, dir: false };
+            let notices = given.map(object).chain([Notice::All]).collect();
+            return self.notify(notices, done);
+        }
+        let (notices, marked) = hydrate::mark_stale(&self.cache, &gone);
+        if let Err(e) = marked {
+            self.note_error(&format!("what was let go cannot be noted: {e}"));
+            self.bump_epoch();
+        }
+        self.notify(notices, done);
     }
 
     fn bump_epoch(&mut self) {

@@ -7,6 +7,7 @@ use crate::kml::codec::{self, Outcome};
 use crate::kml::log::Log;
 use crate::kml::record::{Attr, Name, Op, Origin, Place, ROOT, Range, Record, Stamp, Time};
 use crate::lento::message::*;
+use crate::lento::rights::Mode;
 use crate::net::conn::{Conn, Incoming, Lane};
 use crate::net::poll::{Stream, Token};
 use crate::replica::meta::Meta;
@@ -74,7 +75,8 @@ impl Served {
         self.send(hello.id, true, Welcome { version, volume_id, node: NODE, acked, stamp, volume });
         let since = self.next();
         assert!(matches!(since.message, Message::Since(_)), "{since:?}");
-        let changes = Changes { fids: vec![], upto: Stamp(40), more: false, lost: false };
+        let changes =
+            Changes { fids: vec![], upto: Stamp(40), more: false, lost: false, volume: Mode::Read };
         self.send(since.id, true, changes);
     }
 }

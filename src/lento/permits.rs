@@ -1,0 +1,564 @@
+//! Permits at the server: who may read and change what, and how that changes hands.
+//!
+//! A request that needs what another client has waits in the volume's queue, first come first
+//! served, while the holders are told to let go: `Recall` to who may change, `Break` to who may
+//! read. Then it is answered, and goes on with the rights that it asked for:
+//!
+//! - what is listed or looked up may be read; alone with it, the client may change it at once, so
+//!   that a file that goes back and forth costs one question a turn;
+//! - a client that is alone, or beside clients that ask for nothing, may change the whole volume;
+//! - a client that asks much may read the whole volume (`Since` with `read_all`).
+//!
+//! A client that is cut off keeps its rights for its lease, as a *ghost*: counted from when it was
+//! last heard, for by then it knows itself that it is away. Its next connection ends the ghost as
+//! soon as all that it had changed is here, and a farewell at once. Who does not let go in that
+//! time loses the connection. What it then still ships is certified (replica's matter).
+//! Source: the token servers of DFS and Calypso; leases by Gray and Cheriton.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use super::message::{Break, Code, FIDS_MAX, Granted, Message, Recall, Released, Since};
+use super::policy;
+use super::promises::ConnId;
+use super::rights::{Mode, Rights};
+use super::server::{Effect, Server, VolumeNo, Why};
+use crate::kml::record::{Fid, Seq};
+
+/// Most requests of one client that wait for others; each is one of its kernel's.
+const WAITING_MAX: usize = 4096;
+
+/// What one client may do, and since when it wants nothing.
+struct Holder {
+    node: u32,
+    rights: Rights,
+    active_at: Instant,
+    ghost: Option<Ghost>,
+}
+
+/// A connection that is gone, while its client may not know it.
+struct Ghost {
+    until: Instant,
+    /// the client is back, and this is the newest change that it made before
+    upto: Option<Seq>,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+enum Need {
+    Objects(Vec<Fid>, Mode),
+    ReadAll,
+    /// not asked for, but useful: everybody else wants nothing
+    WriteAll,
+}
+
+/// A request that waits for others to let go.
+struct Waiting {
+    conn: ConnId,
+    node: u32,
+    id: u64,
+    need: Need,
+    /// what is to be answered then; nothing when the right itself was asked for
+    request: Option<Message>,
+}
+
+/// A `Recall` or `Break` that is not answered.
+struct Letting {
+    volume: VolumeNo,
+    /// none: the whole volume
+    fids: Vec<Fid>,
+    mode: Mode,
+    until: Instant,
+}
+
+/// The rights of one volume.
+#[derive(Default)]
+pub(super) struct Permits {
+    holders: BTreeMap<ConnId, Holder>,
+    queue: VecDeque<Waiting>,
+    /// what is being let go; `None`: the whole volume
+    underway: HashSet<(ConnId, Option<Fid>)>,
+}
+
+/// Recalls of all volumes, by connection and request.
+#[derive(Default)]
+pub(super) struct Lettings(HashMap<(ConnId, u64), Letting>);
+
+impl Need {
+    /// Whether two clients' needs exclude each other. What nobody asked for excludes nothing.
+    fn agrees(&self, other: &Need) -> bool {
+        match (self, other) {
+            (Need::Objects(a, m), Need::Objects(b, n)) => {
+                m.agrees(*n) || !a.iter().any(|fid| b.contains(fid))
+            }
+            (Need::ReadAll, Need::Objects(_, m)) | (Need::Objects(_, m), Need::ReadAll) => {
+                m.agrees(Mode::Read)
+            }
+            _ => true,
+        }
+    }
+}
+
+impl Permits {
+    fn others(&self, conn: ConnId, node: u32) -> impl Iterator<Item = (&ConnId, &Holder)> {
+        self.holders.iter().filter(move |(of, holder)| **of != conn && holder.node != node)
+    }
+    fn ghosts_end_at(&self) -> Option<Instant> {
+        self.holders.values().filter_map(|holder| holder.ghost.as_ref().map(|g| g.until)).min()
+    }
+    /// Whether the client is just letting go some of this.
+    fn lets_go(&self, conn: ConnId, need: &Need) -> bool {
+        let of = |fid: &Fid| self.underway.contains(&(conn, Some(*fid)));
+        let apart = match need {
+            Need::Objects(fids, _) => fids.iter().any(of),
+            Need::ReadAll | Need::WriteAll => self.underway.iter().any(|(c, _)| *c == conn),
+        };
+        apart || self.underway.contains(&(conn, None))
+    }
+    pub(super) fn rights(&self, conn: ConnId) -> Option<&Rights> {
+        self.holders.get(&conn).map(|holder| &holder.rights)
+    }
+    /// It was told already that the object changes, and has not asked since.
+    pub(super) fn has_let_go(&self, conn: ConnId, fid: Fid) -> bool {
+        let of = self.rights(conn);
+        of.is_some_and(|r| r.volume() != Mode::None && r.mode(fid) == Mode::None)
+    }
+}
+
+impl Server {
+    /// What a client may do with an object; a promise is the right to read where nothing else is.
+    pub fn mode(&self, no: VolumeNo, conn: ConnId, fid: Fid) -> Mode {
+        let volume = &self.volumes[no];
+        let Some(rights) = volume.permits.rights(conn) else { return Mode::None };
+        match rights.mode(fid) {
+            Mode::None if rights.volume() == Mode::None && volume.promises.holds(conn, fid) => {
+                Mode::Read
+            }
+            mode => mode,
+        }
+    }
+    fn set_mode(&mut self, no: VolumeNo, conn: ConnId, fid: Fid, mode: Mode) {
+        match mode {
+            Mode::None => self.volumes[no].promises.drop_one(conn, fid),
+            _ => self.promise(no, conn, fid),
+        }
+        let permits = &mut self.volumes[no].permits;
+        let Some(holder) = permits.holders.get_mut(&conn) else { return };
+        // Reading by a promise needs no other note.
+        let by_promise = mode == Mode::Read && holder.rights.volume() == Mode::None;
+        holder.rights.set(fid, if by_promise { Mode::None } else { mode });
+    }
+    /// Promises to tell of a change; who holds too many promises is told of all.
+    pub(super) fn promise(&mut self, no: VolumeNo, conn: ConnId, fid: Fid) {
+        let volume = &mut self.volumes[no];
+        let Some(holder) = volume.permits.holders.get_mut(&conn) else { return };
+        volume.promises.give(conn, fid);
+        if holder.rights.volume() == Mode::None && volume.promises.is_all(conn) {
+            holder.rights.raise_volume(Mode::Read);
+        }
+    }
+
+    pub(super) fn on_permits_met(&mut self, conn: ConnId, pending: Seq, acked: Seq, now: Instant) {
+        let Some(peer) = self.peers.get(&conn) else { return };
+        let (no, node) = (peer.volume, peer.node);
+        let permits = &mut self.volumes[no].permits;
+        for holder in permits.holders.values_mut().filter(|holder| holder.node == node) {
+            if let Some(ghost) = &mut holder.ghost {
+                ghost.upto = Some(pending);
+            }
+        }
+        let rights = Rights::default();
+        permits.holders.insert(conn, Holder { node, rights, active_at: now, ghost: None });
+        self.has_come(no, node, acked, now);
+    }
+    /// Everything of this node up to here is in the tree: its ghosts may go.
+    pub(super) fn has_come(&mut self, no: VolumeNo, node: u32, upto: Seq, now: Instant) {
+        let done = |holder: &Holder| {
+            let all = holder.ghost.as_ref().and_then(|ghost| ghost.upto);
+            holder.node == node && all.is_some_and(|pending| pending <= upto)
+        };
+        self.end_ghosts(no, done, now);
+    }
+    fn end_ghosts(&mut self, no: VolumeNo, done: impl Fn(&Holder) -> bool, now: Instant) {
+        let volume = &mut self.volumes[no];
+        let mut any = false;
+        volume.permits.holders.retain(|conn, holder| {
+            let over = done(holder);
+            if over {
+                volume.promises.forget(*conn);
+            }
+            any |= over;
+            !over
+        });
+        if any {
+            self.pump(no, now);
+        }
+    }
+    /// The connection is gone. `lease`: what it held stays, until its client knows that, too.
+    pub(super) fn on_permits_closed(
+        &mut self,
+        no: VolumeNo,
+        conn: ConnId,
+        lease: Option<Instant>,
+        now: Instant,
+    ) {
+        self.lettings.0.retain(|(of, _), _| *of != conn);
+        let volume = &mut self.volumes[no];
+        volume.permits.underway.retain(|(of, _)| *of != conn);
+        volume.permits.queue.retain(|waiting| waiting.conn != conn);
+        let held = volume.promises.is_holder(conn)
+            || volume.permits.rights(conn).is_some_and(|rights| !rights.is_none());
+        match (lease, volume.permits.holders.get_mut(&conn)) {
+            (Some(until), Some(holder)) if held && until > now => {
+                holder.ghost = Some(Ghost { until, upto: None });
+            }
+            _ => {
+                volume.permits.holders.remove(&conn);
+                volume.promises.forget(conn);
+            }
+        }
+        self.pump(no, now);
+    }
+    /// The client leaves, and lets everything go.
+    pub(super) fn on_farewell(&mut self, conn: ConnId, now: Instant) {
+        let Some(no) = self.peers.get(&conn).map(|peer| peer.volume) else { return };
+        self.set_volume(no, conn, Mode::None);
+        self.pump(no, now);
+    }
+    fn set_volume(&mut self, no: VolumeNo, conn: ConnId, mode: Mode) {
+        let volume = &mut self.volumes[no];
+        let Some(holder) = volume.permits.holders.get_mut(&conn) else { return };
+        holder.rights.set_volume(mode);
+        match mode {
+            Mode::None => volume.promises.forget(conn),
+            _ => volume.promises.give_blanket(conn),
+        }
+    }
+
+    /// A client asks what has changed: it may do with the volume what nobody minds, or it waits
+    /// until it may read all of it.
+    pub(super) fn on_since(&mut self, conn: ConnId, id: u64, since: Since, now: Instant) {
+        let Some(peer) = self.peers.get(&conn) else { return };
+        let (no, node) = (peer.volume, peer.node);
+        self.is_active(no, conn, now);
+        if since.read_all {
+            return self.wait((no, conn, node, id), Need::ReadAll, Some(since.into()), now);
+        }
+        let volume = &self.volumes[no];
+        let others = volume.permits.others(conn, node);
+        let free = |conn: &ConnId, holder: &Holder| {
+            holder.rights.is_none() && !volume.promises.is_holder(*conn)
+        };
+        let (alone, written) = others.fold((true, false), |(alone, written), (conn, holder)| {
+            (alone && free(conn, holder), written || holder.rights.any_write())
+        });
+        let mode = policy::first_right(alone, written, volume.permits.holders.len());
+        // Before the history is read: what comes after it is broken to the client.
+        self.set_volume(no, conn, mode);
+        self.answer_request(no, conn, id, since.into());
+    }
+    pub(super) fn on_ask(&mut self, conn: ConnId, id: u64, fids: Vec<Fid>, now: Instant) {
+        let Some(peer) = self.peers.get(&conn) else { return };
+        let (no, node) = (peer.volume, peer.node);
+        self.is_active(no, conn, now);
+        self.wait((no, conn, node, id), Need::Objects(fids, Mode::Write), None, now);
+    }
+    /// Whether the answer to a request may go out: if others have changes of what stands in it,
+    /// they are asked for them first, and the request is answered anew.
+    pub(super) fn may_answer(
+        &mut self,
+        conn: ConnId,
+        id: u64,
+        (request, given): (&Message, &[Fid]),
+        now: Instant,
+    ) -> bool {
+        let Some(peer) = self.peers.get(&conn) else { return false };
+        let (no, node) = (peer.volume, peer.node);
+        self.is_active(no, conn, now);
+        let permits = &self.volumes[no].permits;
+        let idle = permits.queue.is_empty() && permits.underway.is_empty();
+        if idle && !permits.others(conn, node).any(|(_, h)| h.rights.any_write()) {
+            return true;
+        }
+        let need = Need::Objects(given.to_vec(), Mode::Read);
+        let queued = |waiting: &Waiting| waiting.node != node && !waiting.need.agrees(&need);
+        let may = !permits.queue.iter().any(queued) && !permits.lets_go(conn, &need);
+        if may && self.blockers(no, conn, node, &need).is_empty() {
+            return true;
+        }
+        self.wait((no, conn, node, id), need, Some(request.clone()), now);
+        false
+    }
+    /// The answer goes out now: the client may read what stands in it, or more.
+    pub(super) fn give(&mut self, conn: ConnId, given: &[Fid], message: &mut Message) {
+        let Some(peer) = self.peers.get(&conn) else { return };
+        let (no, node) = (peer.volume, peer.node);
+        for fid in given {
+            let mode = self.mode(no, conn, *fid).max(Mode::Read);
+            self.set_mode(no, conn, *fid, mode);
+        }
+        match message {
+            Message::Status(status) => {
+                let fid = status.object.fid;
+                let permits = &self.volumes[no].permits;
+                let others = permits.others(conn, node).map(|(of, _)| *of);
+                if others.into_iter().all(|of| self.mode(no, of, fid) == Mode::None) {
+                    self.set_mode(no, conn, fid, Mode::Write);
+                }
+                status.mode = self.mode(no, conn, fid);
+            }
+            Message::Changes(changes) => {
+                let rights = self.volumes[no].permits.rights(conn);
+                changes.volume = rights.map_or(Mode::None, Rights::volume);
+            }
+            _ => {}
+        }
+    }
+    /// What a batch made in directories that its author may change, it may change, too.
+    pub(super) fn on_made(
+        &mut self,
+        no: VolumeNo,
+        conn: ConnId,
+        made: &[(Fid, Fid)],
+        gone: &[Fid],
+    ) {
+        for (dir, fid) in made {
+            if self.mode(no, conn, *dir) == Mode::Write {
+                self.set_mode(no, conn, *fid, Mode::Write);
+            }
+        }
+        for holder in self.volumes[no].permits.holders.values_mut() {
+            for fid in gone {
+                let whole = holder.rights.volume();
+                holder.rights.set(*fid, whole);
+            }
+        }
+    }
+
+    fn is_active(&mut self, no: VolumeNo, conn: ConnId, now: Instant) {
+        if let Some(holder) = self.volumes[no].permits.holders.get_mut(&conn) {
+            holder.active_at = now;
+        }
+    }
+    fn answer_request(&mut self, volume: VolumeNo, conn: ConnId, id: u64, request: Message) {
+        let Some(node) = self.peers.get(&conn).map(|peer| peer.node) else { return };
+        self.effects.push_back(Effect::Ask { conn, id, volume, node, request });
+    }
+    fn wait(
+        &mut self,
+        (no, conn, node, id): (VolumeNo, ConnId, u32, u64),
+        need: Need,
+        request: Option<Message>,
+        now: Instant,
+    ) {
+        let queue = &mut self.volumes[no].permits.queue;
+        if queue.iter().filter(|waiting| waiting.conn == conn).count() >= WAITING_MAX {
+            return self.fail(conn, id, Code::Other, "too many requests wait for other clients");
+        }
+        queue.push_back(Waiting { conn, node, id, need, request });
+        self.pump(no, now);
+    }
+
+    /// Serves whoever can be served, in order, and has the others' rights recalled.
+    pub(super) fn pump(&mut self, no: VolumeNo, now: Instant) {
+        let mut at = 0;
+        loop {
+            let queue = &self.volumes[no].permits.queue;
+            let Some(waiting) = queue.get(at) else { return };
+            let (conn, node, need) = (waiting.conn, waiting.node, waiting.need.clone());
+            let behind = queue.iter().take(at).any(|w| w.node != node && !w.need.agrees(&need));
+            // What is being let go must not be given in between: the answer to it would take it.
+            if behind || self.volumes[no].permits.lets_go(conn, &need) {
+                at += 1;
+                continue;
+            }
+            let blockers = self.blockers(no, conn, node, &need);
+            if need == Need::WriteAll && !self.all_idle(no, &blockers, now) {
+                self.volumes[no].permits.queue.remove(at);
+                continue;
+            }
+            if blockers.is_empty() {
+                if let Some(waiting) = self.volumes[no].permits.queue.remove(at) {
+                    self.serve(no, waiting, now);
+                }
+                at = 0;
+                continue;
+            }
+            for (holder, fids, mode) in blockers {
+                self.recall(no, holder, fids, mode, now);
+            }
+            at += 1;
+        }
+    }
+    /// Who stands in the way, with what (nothing: the whole volume), and what it may keep of it.
+    fn blockers(
+        &self,
+        no: VolumeNo,
+        conn: ConnId,
+        node: u32,
+        need: &Need,
+    ) -> Vec<(ConnId, Vec<Fid>, Mode)> {
+        let volume = &self.volumes[no];
+        let mut out = Vec::new();
+        for (of, holder) in volume.permits.others(conn, node) {
+            match need {
+                Need::Objects(fids, mode) => {
+                    if *mode == Mode::Read && !holder.rights.any_write() {
+                        continue;
+                    }
+                    let keep = if *mode == Mode::Write { Mode::None } else { Mode::Read };
+                    let conflict = |fid: &&Fid| !self.mode(no, *of, **fid).agrees(*mode);
+                    let fids: Vec<Fid> = fids.iter().filter(conflict).copied().collect();
+                    if !fids.is_empty() {
+                        out.push((*of, fids, keep));
+                    }
+                }
+                Need::ReadAll if !holder.rights.any_write() => {}
+                Need::ReadAll if holder.rights.volume() == Mode::None => {
+                    let apart = holder.rights.apart().filter(|(_, mode)| *mode == Mode::Write);
+                    out.push((*of, apart.map(|(fid, _)| fid).collect(), Mode::Read));
+                }
+                Need::ReadAll => out.push((*of, Vec::new(), Mode::Read)),
+                Need::WriteAll => {
+                    if !holder.rights.is_none() || volume.promises.is_holder(*of) {
+                        out.push((*of, Vec::new(), Mode::None));
+                    }
+                }
+            }
+        }
+        out
+    }
+    fn all_idle(&self, no: VolumeNo, blockers: &[(ConnId, Vec<Fid>, Mode)], now: Instant) -> bool {
+        let holders = &self.volumes[no].permits.holders;
+        blockers.iter().all(|(conn, ..)| {
+            holders.get(conn).is_none_or(|holder| {
+                let idle = now.saturating_duration_since(holder.active_at);
+                holder.ghost.is_none() && idle >= policy::IDLE
+            })
+        })
+    }
+    fn serve(&mut self, no: VolumeNo, waiting: Waiting, now: Instant) {
+        let Waiting { conn, node, id, need, request } = waiting;
+        match need {
+            Need::Objects(fids, Mode::Write) => {
+                for fid in fids {
+                    self.set_mode(no, conn, fid, Mode::Write);
+                }
+                self.answer(conn, id, Granted { volume: Mode::None }.into());
+                // Only who knows all changes may be given all.
+                let rights = self.volumes[no].permits.rights(conn);
+                if rights.is_some_and(|rights| rights.volume() == Mode::Read) {
+                    self.wait((no, conn, node, 0), Need::WriteAll, None, now);
+                }
+            }
+            Need::WriteAll => {
+                self.set_volume(no, conn, Mode::Write);
+                self.request(conn, false, Granted { volume: Mode::Write }.into());
+            }
+            Need::ReadAll => {
+                let volume = &mut self.volumes[no];
+                if let Some(holder) = volume.permits.holders.get_mut(&conn) {
+                    holder.rights.raise_volume(Mode::Read);
+                    volume.promises.give_blanket(conn);
+                }
+                if let Some(request) = request {
+                    self.answer_request(no, conn, id, request);
+                }
+            }
+            Need::Objects(..) => {
+                if let Some(request) = request {
+                    self.answer_request(no, conn, id, request);
+                }
+            }
+        }
+    }
+    /// Has a client let go, unless it is asked already.
+    fn recall(&mut self, no: VolumeNo, conn: ConnId, fids: Vec<Fid>, mode: Mode, now: Instant) {
+        let permits = &mut self.volumes[no].permits;
+        let is_ghost = permits.holders.get(&conn).is_none_or(|holder| holder.ghost.is_some());
+        if is_ghost || permits.underway.contains(&(conn, None)) {
+            return;
+        }
+        let until = now + self.settings.silence_max;
+        if fids.is_empty() {
+            permits.underway.insert((conn, None));
+            let id = self.request(conn, false, Recall { fids: Vec::new(), mode }.into());
+            let letting = Letting { volume: no, fids, mode, until };
+            self.lettings.0.insert((conn, id), letting);
+            return;
+        }
+        let (mut written, mut read) = (Vec::new(), Vec::new());
+        for fid in fids {
+            if self.volumes[no].permits.underway.insert((conn, Some(fid))) {
+                let is_written = self.mode(no, conn, fid) == Mode::Write;
+                if is_written { written.push(fid) } else { read.push(fid) }
+            }
+        }
+        for (fids, is_written) in [(written, true), (read, false)] {
+            for fids in fids.chunks(FIDS_MAX).map(<[Fid]>::to_vec) {
+                let message: Message = match is_written {
+                    true => Recall { fids: fids.clone(), mode }.into(),
+                    false => Break { fids: fids.clone() }.into(),
+                };
+                let id = self.request(conn, false, message);
+                self.lettings.0.insert((conn, id), Letting { volume: no, fids, mode, until });
+            }
+        }
+    }
+    /// A client has let go. False: that was not asked of it.
+    pub(super) fn on_released(
+        &mut self,
+        conn: ConnId,
+        id: u64,
+        released: Option<Released>,
+        now: Instant,
+    ) -> bool {
+        let Some(letting) = self.lettings.0.remove(&(conn, id)) else { return false };
+        let no = letting.volume;
+        let underway = &mut self.volumes[no].permits.underway;
+        if letting.fids.is_empty() {
+            underway.remove(&(conn, None));
+            self.set_volume(no, conn, letting.mode);
+        } else {
+            for fid in &letting.fids {
+                underway.remove(&(conn, Some(*fid)));
+            }
+            let kept: HashSet<Fid> = released.into_iter().flat_map(|r| r.kept).collect();
+            for fid in letting.fids {
+                let keeps = letting.mode == Mode::Read && kept.contains(&fid);
+                self.set_mode(no, conn, fid, if keeps { Mode::Read } else { Mode::None });
+            }
+        }
+        self.pump(no, now);
+        true
+    }
+
+    pub(super) fn permits_wake_at(&self) -> Option<Instant> {
+        let ghosts = self.volumes.iter().filter_map(|volume| volume.permits.ghosts_end_at());
+        ghosts.chain(self.lettings.0.values().map(|letting| letting.until)).min()
+    }
+    /// Ends what is over, and names who does not let go in time. Who ships meanwhile has time.
+    pub(super) fn wake_permits(&mut self, now: Instant) -> Vec<(ConnId, Why)> {
+        let lease = self.settings.silence_max;
+        let mut late = Vec::new();
+        for ((conn, _), letting) in &mut self.lettings.0 {
+            if letting.until > now {
+                continue;
+            }
+            let moved = self.peers.get(conn).map(|peer| peer.moved_at + lease);
+            match moved.filter(|until| *until > now) {
+                Some(until) => letting.until = until,
+                None => late.push((*conn, Why::RecallUnanswered)),
+            }
+        }
+        let over = |holder: &Holder| holder.ghost.as_ref().is_some_and(|g| g.until <= now);
+        for no in 0..self.volumes.len() {
+            self.end_ghosts(no, over, now);
+        }
+        late
+    }
+}
+
+/// How long the rights of a client last that was heard then.
+pub(super) fn lease_end(heard_at: Instant, lease: Duration) -> Instant {
+    heard_at + lease
+}
