@@ -316,6 +316,10 @@ Keys of --json:
   conflicts                        versions kept aside, waiting for a decision
   journal_bytes                    size of the journal on disk
   requests_foreground              requests to the server that an operation waited for, so far
+  messages                         sent and received so far, but for pings
+  permit                           what may be done with the volume without asking: write, read or
+                                   none
+  permits_apart                    objects with which more or less may be done
   passthrough                      whether data goes past the daemon
   pid, version                     of the process
   last_error                       the last trouble, or null

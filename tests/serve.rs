@@ -140,7 +140,7 @@ impl Raw {
         }
     }
     fn list(&mut self) -> msg::Page {
-        match self.call(msg::List { dir: ROOT, after: vec![] }) {
+        match self.call(msg::List { dir: ROOT, after: vec![], have: Stamp(0) }) {
             Message::Page(page) => page,
             other => panic!("{other:?}"),
         }

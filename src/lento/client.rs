@@ -51,7 +51,11 @@ pub enum Unmet {
 /// What somebody waits for. An object is fetched with its attributes, a directory with its entries.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Want {
-    Dir(Fid),
+    /// `have`: the version whose entries are all here; zero otherwise
+    Dir {
+        fid: Fid,
+        have: Stamp,
+    },
     /// `have`: the version of a file that is all here; zero otherwise
     Object {
         fid: Fid,
@@ -179,6 +183,11 @@ pub enum Effect {
         fids: Vec<Fid>,
         mode: Mode,
     },
+    /// this, and no more, may be done with these
+    SetModes {
+        fids: Vec<Fid>,
+        mode: Mode,
+    },
     /// no more than this may be done with these; none: with the whole volume. Wait for the changes
     /// under way, forget what may not be read, and call [`Client::on_lowered`]
     Lower {
@@ -260,6 +269,8 @@ pub(super) struct Line {
     asked: HashMap<u64, Asked>,
     effects: VecDeque<Effect>,
     pub foreground_count: u64,
+    /// sent or received, but for pings
+    pub message_count: u64,
 }
 
 impl Line {
@@ -270,6 +281,7 @@ impl Line {
         let wanted = !matches!(ask, Ask::Hello | Ask::Ping | Ask::Space | Ask::Since | Ask::Batch);
         self.foreground_count += u64::from(foreground && wanted);
         self.asked.insert(id, Asked { ask, waits_since });
+        self.message_count += u64::from(ask != Ask::Ping);
         self.effects.push_back(Effect::Send { foreground, id, answer: false, message });
         id
     }
@@ -302,6 +314,8 @@ pub struct Client {
     /// what may be done with the volume, but for single objects
     volume: Mode,
     lettings: Vec<Letting>,
+    /// recalls of what was given just now
+    held_back: Vec<(Instant, u64, Recall)>,
     /// when somebody last had to ask, without a right to read all
     asked_at: VecDeque<Instant>,
     asks_all: bool,
@@ -341,6 +355,7 @@ impl Client {
             state: State::Away { retry_at: now },
             volume: Mode::None,
             lettings: Vec::new(),
+            held_back: Vec::new(),
             asked_at: VecDeque::new(),
             asks_all: false,
             who,
@@ -392,6 +407,10 @@ impl Client {
     pub fn requests_foreground(&self) -> u64 {
         self.line.foreground_count
     }
+    /// Messages since the start, both ways, but for pings.
+    pub fn messages(&self) -> u64 {
+        self.line.message_count
+    }
     pub fn shipped_len(&self) -> u64 {
         self.shipper.shipped_len()
     }
@@ -410,9 +429,10 @@ impl Client {
             }
         };
         if self.is_online() {
+            let held_back = self.held_back.iter().map(|(until, ..)| *until).min();
             let save = (self.current != self.saved).then(|| self.saved_at + policy::SAVE_EVERY);
             let ship = self.shipper.wake_at();
-            return [save, ship].into_iter().flatten().fold(at, Instant::min);
+            return [held_back, save, ship].into_iter().flatten().fold(at, Instant::min);
         }
         if self.fetcher.is_idle() { at } else { at.min(self.grace_until) }
     }
@@ -435,6 +455,11 @@ impl Client {
                 self.fetcher.give_up(&mut self.line);
             }
             return;
+        }
+        for (_, id, m) in
+            self.held_back.extract_if(.., |(until, ..)| *until <= now).collect::<Vec<_>>()
+        {
+            self.on_recall(id, m);
         }
         if self.current != self.saved && now >= self.saved_at + policy::SAVE_EVERY {
             (self.saved, self.saved_at) = (self.current, now);
@@ -505,6 +530,7 @@ impl Client {
         }
         self.set_volume(Mode::None, false);
         self.lettings.clear();
+        self.held_back.clear();
         self.asked_at.clear();
         self.asks_all = false;
         self.chance ^= self.chance << 13;
@@ -531,6 +557,8 @@ impl Client {
     /// A message came: an answer to our request `id`, or the server's request `id`.
     pub fn on_message(&mut self, id: u64, answer: bool, message: Message, now: Instant) {
         (self.heard_at, self.pinged) = (now, false);
+        let ping = matches!(message, Message::Ping(_) | Message::Pong(_));
+        self.line.message_count += u64::from(!ping);
         match self.state {
             State::Away { .. } | State::Connecting { .. } => {}
             _ if answer => self.on_answer(id, message, now),
@@ -552,11 +580,11 @@ impl Client {
                 self.line.effect(Effect::MarkStale { break_id: Some(id), fids: m.fids });
             }
             Message::Recall(m) if greeted && self.lettings.len() < BREAKS_MAX => {
-                self.lettings.push(Letting { id, target: None, kept: Vec::new(), told: false });
-                if m.fids.is_empty() {
-                    self.volume = m.mode;
+                let until = self.fetcher.held_until(&m.fids);
+                match until.filter(|until| *until > now) {
+                    Some(until) => self.held_back.push((until, id, m)),
+                    None => self.on_recall(id, m),
                 }
-                self.line.effect(Effect::Lower { recall_id: id, fids: m.fids, mode: m.mode });
             }
             // by itself: nobody else wants anything
             Message::Granted(m) if greeted => self.set_volume(m.volume, true),
@@ -568,8 +596,16 @@ impl Client {
         }
     }
 
-    /// Nobody works by the recalled rights any more. The server is to have everything up to
-    /// `target` before it hears so; `kept` is still read.
+    fn on_recall(&mut self, id: u64, m: Recall) {
+        self.lettings.push(Letting { id, target: None, kept: Vec::new(), told: false });
+        if m.fids.is_empty() {
+            self.volume = m.mode;
+        }
+        self.line.effect(Effect::Lower { recall_id: id, fids: m.fids, mode: m.mode });
+    }
+
+    /// Nobody works by the recalled rights any more. They are let go when everything up to `target`
+    /// is on its way; `kept` is still read.
     pub fn on_lowered(&mut self, recall_id: u64, target: Seq, kept: Vec<Fid>, now: Instant) {
         let Some(letting) = self.lettings.iter_mut().find(|l| l.id == recall_id) else { return };
         (letting.target, letting.kept) = (Some(target), kept);
@@ -588,10 +624,12 @@ impl Client {
 
     /// Answers the recalls that are done.
     fn let_go(&mut self) {
-        let acked = self.acked();
-        let is_done = |l: &mut Letting| l.told && l.target.is_some_and(|target| target <= acked);
+        let sent = self.shipper.sent();
+        let is_done = |l: &mut Letting| l.told && l.target.is_some_and(|target| target <= sent);
         for letting in self.lettings.extract_if(.., is_done).collect::<Vec<_>>() {
-            let message = Released { kept: letting.kept }.into();
+            self.line.message_count += 1;
+            let upto = letting.target.unwrap_or_default();
+            let message = Released { kept: letting.kept, upto }.into();
             let id = letting.id;
             self.line.effect(Effect::Send { foreground: true, id, answer: true, message });
         }
@@ -600,7 +638,7 @@ impl Client {
     /// The mount ends, with nothing left to be shipped: others need not wait for it.
     pub fn farewell(&mut self) {
         if self.is_online() {
-            let (message, id) = (Released { kept: Vec::new() }.into(), 0);
+            let (message, id) = (Released { kept: Vec::new(), upto: Seq(0) }.into(), 0);
             self.line.effect(Effect::Send { foreground: true, id, answer: false, message });
         }
     }
@@ -636,6 +674,7 @@ impl Client {
         let connected = !matches!(self.state, State::Away { .. } | State::Connecting { .. });
         if connected && self.breaks > 0 {
             self.breaks -= 1;
+            self.line.message_count += 1;
             let message = Pong { stamp: Stamp(0) }.into();
             let send = Effect::Send { foreground: true, id: break_id, answer: true, message };
             self.line.effect(send);
@@ -665,6 +704,7 @@ impl Client {
             (Ask::ReadAll, Message::Failed(_)) => self.asks_all = false,
             (Ask::Permit { no }, Message::Granted(_)) => {
                 if let Some((fids, tickets)) = self.fetcher.take_permit(no) {
+                    fids.iter().for_each(|fid| self.fetcher.note_given(*fid, now));
                     self.line.effect(Effect::Raise { fids, mode: Mode::Write });
                     self.line.resolve(tickets, Ok(()));
                 }
@@ -823,6 +863,7 @@ impl Client {
     pub fn on_batch_cut(&mut self, batch: Option<Batch>, len: u64, now: Instant) {
         if self.is_online() {
             self.shipper.on_batch_cut(batch, len, &mut self.line, now);
+            self.let_go();
         }
     }
 }

@@ -23,6 +23,7 @@ const READERS_MAX: usize = 256;
 
 struct Listing {
     tickets: Vec<Ticket>,
+    have: Stamp,
     mark: Seq,
     request: Option<u64>,
     after: Vec<u8>,
@@ -74,6 +75,8 @@ pub(super) struct Fetcher {
     listings: HashMap<Fid, Listing>,
     looks: HashMap<Fid, Look>,
     permits: Vec<Permit>,
+    /// what was given a moment ago, the newest last
+    given: VecDeque<(Instant, Fid)>,
     last_permit: u64,
     files: HashMap<Fid, File>,
     readers: HashMap<Fid, Reader>,
@@ -109,13 +112,13 @@ impl Fetcher {
         now: Instant,
     ) {
         match want {
-            Want::Dir(dir) => {
+            Want::Dir { fid: dir, have } => {
                 if let Some(listing) = self.listings.get_mut(&dir) {
                     return listing.tickets.push(ticket);
                 }
                 let (tickets, after) = (vec![ticket], Vec::new());
-                let fresh =
-                    Listing { tickets, mark, request: None, after, restarts: 0, stale: false };
+                let (request, restarts, stale) = (None, 0, false);
+                let fresh = Listing { tickets, have, mark, request, after, restarts, stale };
                 let listing = self.listings.entry(dir).or_insert(fresh);
                 if online {
                     listing.ask(dir, line, now);
@@ -142,6 +145,20 @@ impl Fetcher {
         let no = self.last_permit;
         line.ask(Ask::Permit { no }, Some(now), super::message::Ask { fids: fids.clone() }.into());
         self.permits.push(Permit { no, fids, tickets: vec![ticket] });
+    }
+
+    /// Somebody may be about to use this: it is not taken away in the same moment.
+    pub fn note_given(&mut self, fid: Fid, now: Instant) {
+        while self.given.front().is_some_and(|(at, _)| *at + policy::HOLD <= now) {
+            self.given.pop_front();
+        }
+        self.given.push_back((now, fid));
+    }
+
+    /// Until when some of these are kept, if any were given just now.
+    pub fn held_until(&self, fids: &[Fid]) -> Option<Instant> {
+        let of = self.given.iter().rev().find(|(_, fid)| fids.contains(fid));
+        of.map(|(at, _)| *at + policy::HOLD)
     }
 
     /// What was asked for, and who waits for it.
@@ -268,8 +285,9 @@ impl Fetcher {
                 let Some(look) = self.looks.remove(&fid) else { return true };
                 let fits = m.object.fid == fid;
                 if fits {
+                    self.note_given(fid, now);
                     let (stamp, size) = (m.object.stamp, m.object.attr.size);
-                    line.effect(Effect::Raise { fids: vec![fid], mode: m.mode });
+                    line.effect(Effect::SetModes { fids: vec![fid], mode: m.mode });
                     line.effect(Effect::SetObject { object: m.object, mark: look.mark });
                     if let Some(bytes) = m.data {
                         let granule = Some((0, size));
@@ -294,7 +312,8 @@ impl Fetcher {
         }
     }
 
-    fn on_page(&mut self, dir: Fid, page: Page, line: &mut Line, now: Instant) -> bool {
+    fn on_page(&mut self, dir: Fid, mut page: Page, line: &mut Line, now: Instant) -> bool {
+        self.note_given(dir, now);
         let Some(listing) = self.listings.get_mut(&dir) else { return true };
         let mut last = &listing.after;
         for entry in &page.entries {
@@ -309,6 +328,11 @@ impl Fetcher {
         let (last, first, more) = (last.clone(), listing.after.is_empty(), page.more);
         let fids = page.entries.iter().map(|entry| entry.object.fid).chain([dir]).collect();
         line.effect(Effect::Raise { fids, mode: Mode::Read });
+        line.effect(Effect::SetModes { fids: vec![dir], mode: page.mode });
+        if !page.read_only.is_empty() {
+            let fids = std::mem::take(&mut page.read_only);
+            line.effect(Effect::SetModes { fids, mode: Mode::Read });
+        }
         line.effect(Effect::MergePage { dir, first, mark: listing.mark, page });
         listing.request = None;
         if more {
@@ -479,7 +503,7 @@ impl Fetcher {
 
 impl Listing {
     fn ask(&mut self, dir: Fid, line: &mut Line, now: Instant) {
-        let list = List { dir, after: self.after.clone() };
+        let list = List { dir, after: self.after.clone(), have: self.have };
         self.request = Some(line.ask(Ask::List { dir }, Some(now), list.into()));
     }
     fn begin(&mut self, dir: Fid, acked: Seq, line: &mut Line, now: Instant) {

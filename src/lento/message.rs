@@ -107,7 +107,8 @@ messages! {
     41 Granted,
     /// server: others need this; answer with `Released` once the server has what you changed of it
     42 Recall,
-    /// the answer to `Recall`; by itself a client's farewell
+    /// the answer to `Recall`, which may overtake the batches that it needs; by itself a client's
+    /// farewell
     43 Released,
 }
 
@@ -236,6 +237,17 @@ pub struct List {
     #[n(1)]
     #[cbor(with = "minicbor::bytes")]
     pub after: Vec<u8>,
+    /// the version of the directory whose entries are all in the cache; zero otherwise
+    #[n(2)]
+    pub have: Stamp,
+}
+
+/// A name alone.
+#[derive(Encode, Decode, Clone, PartialEq, Eq, Debug)]
+pub struct Bare {
+    #[n(0)]
+    #[cbor(with = "minicbor::bytes")]
+    pub name: Vec<u8>,
 }
 
 /// An extended attribute.
@@ -286,6 +298,16 @@ pub struct Page {
     pub entries: Vec<Entry>,
     #[n(2)]
     pub more: bool,
+    /// `entries` are only those that changed since the version that the client has, and these names
+    /// are gone
+    #[n(3)]
+    pub gone: Option<Vec<Bare>>,
+    /// what the client may do with the directory from now on
+    #[n(4)]
+    pub mode: Mode,
+    /// entries that it may read and not change, although it may change the volume
+    #[n(5)]
+    pub read_only: Vec<Fid>,
 }
 
 #[derive(Encode, Decode, Clone, PartialEq, Debug)]
@@ -472,9 +494,34 @@ pub struct Released {
     /// of the objects that were recalled: those which the client goes on reading, if it may
     #[n(0)]
     pub kept: Vec<Fid>,
+    /// once the server has the client's records up to here
+    #[n(1)]
+    pub upto: Seq,
 }
 
 impl Message {
+    /// For people who look for a fault: the message without what is long in it.
+    pub fn brief(&self) -> String {
+        match self {
+            Message::Page(m) => {
+                let (count, gone) = (m.entries.len(), m.gone.as_ref().map(Vec::len));
+                let (dir, stamp) = (m.dir.fid, m.dir.stamp.0);
+                format!("Page {dir} at {stamp}: {count} entries, gone {gone:?}, {:?}", m.mode)
+            }
+            Message::Status(m) => {
+                let len = m.data.as_ref().map(Vec::len);
+                format!(
+                    "Status {} at {}: {:?}, data {len:?}",
+                    m.object.fid, m.object.stamp.0, m.mode
+                )
+            }
+            Message::Batch(m) => {
+                format!("Batch {}..{}: {} records", m.after.0, m.upto.0, m.items.len())
+            }
+            Message::Data(m) => format!("Data {} of {} bytes", m.at, m.bytes.len()),
+            other => format!("{other:?}"),
+        }
+    }
     fn in_bounds(&self) -> bool {
         let object = |o: &Object| o.target.len() <= 4095 && o.xattrs.len() <= 1024;
         match self {
@@ -485,7 +532,10 @@ impl Message {
             Message::Failed(m) => m.what.len() <= WHAT_LEN_MAX,
             Message::List(m) => m.after.len() <= 255,
             Message::Page(m) => {
-                object(&m.dir) && m.entries.iter().all(|e| e.name.len() <= 255 && object(&e.object))
+                let gone = m.gone.iter().flatten();
+                object(&m.dir)
+                    && m.entries.iter().all(|e| e.name.len() <= 255 && object(&e.object))
+                    && gone.fold(true, |fits, bare| fits && bare.name.len() <= 255)
             }
             Message::Status(m) => {
                 object(&m.object) && m.data.as_ref().is_none_or(|d| d.len() <= INLINE_LEN_MAX)

@@ -68,6 +68,8 @@ struct Letting {
     fids: Vec<Fid>,
     mode: Mode,
     until: Instant,
+    /// it is let go as soon as the client's records up to here are in the tree
+    released: Option<Released>,
 }
 
 /// The rights of one volume.
@@ -298,13 +300,16 @@ impl Server {
         }
         match message {
             Message::Status(status) => {
-                let fid = status.object.fid;
-                let permits = &self.volumes[no].permits;
-                let others = permits.others(conn, node).map(|(of, _)| *of);
-                if others.into_iter().all(|of| self.mode(no, of, fid) == Mode::None) {
-                    self.set_mode(no, conn, fid, Mode::Write);
+                status.mode = self.give_more(no, conn, node, status.object.fid);
+            }
+            Message::Page(page) => {
+                page.mode = self.give_more(no, conn, node, page.dir.fid);
+                let rights = self.volumes[no].permits.rights(conn);
+                if let Some(rights) = rights.filter(|rights| rights.volume() == Mode::Write) {
+                    let entries = page.entries.iter().map(|entry| entry.object.fid);
+                    page.read_only =
+                        entries.filter(|fid| rights.mode(*fid) == Mode::Read).collect();
                 }
-                status.mode = self.mode(no, conn, fid);
             }
             Message::Changes(changes) => {
                 let rights = self.volumes[no].permits.rights(conn);
@@ -312,6 +317,14 @@ impl Server {
             }
             _ => {}
         }
+    }
+    /// Where nobody else has a right, the next question is spared.
+    fn give_more(&mut self, no: VolumeNo, conn: ConnId, node: u32, fid: Fid) -> Mode {
+        let none = |(of, _): (&ConnId, &Holder)| self.mode(no, *of, fid) == Mode::None;
+        if self.volumes[no].permits.others(conn, node).all(none) {
+            self.set_mode(no, conn, fid, Mode::Write);
+        }
+        self.mode(no, conn, fid)
     }
     /// What a batch made in directories that its author may change, it may change, too.
     pub(super) fn on_made(
@@ -324,6 +337,11 @@ impl Server {
         for (dir, fid) in made {
             if self.mode(no, conn, *dir) == Mode::Write {
                 self.set_mode(no, conn, *fid, Mode::Write);
+                // Those who may do more with the volume have not seen it, and learn this with it.
+                let permits = &mut self.volumes[no].permits;
+                for (_, other) in permits.holders.iter_mut().filter(|(of, _)| **of != conn) {
+                    other.rights.set(*fid, Mode::None);
+                }
             }
         }
         for holder in self.volumes[no].permits.holders.values_mut() {
@@ -482,7 +500,7 @@ impl Server {
         if fids.is_empty() {
             permits.underway.insert((conn, None));
             let id = self.request(conn, false, Recall { fids: Vec::new(), mode }.into());
-            let letting = Letting { volume: no, fids, mode, until };
+            let letting = Letting { volume: no, fids, mode, until, released: None };
             self.lettings.0.insert((conn, id), letting);
             return;
         }
@@ -500,7 +518,8 @@ impl Server {
                     false => Break { fids: fids.clone() }.into(),
                 };
                 let id = self.request(conn, false, message);
-                self.lettings.0.insert((conn, id), Letting { volume: no, fids, mode, until });
+                let letting = Letting { volume: no, fids, mode, until, released: None };
+                self.lettings.0.insert((conn, id), letting);
             }
         }
     }
@@ -512,8 +531,30 @@ impl Server {
         released: Option<Released>,
         now: Instant,
     ) -> bool {
-        let Some(letting) = self.lettings.0.remove(&(conn, id)) else { return false };
-        let no = letting.volume;
+        let applied = self.peers.get(&conn).map_or(Seq(0), |peer| peer.applied);
+        let Some(letting) = self.lettings.0.get_mut(&(conn, id)) else { return false };
+        if let Some(released) = released.as_ref().filter(|released| released.upto > applied) {
+            letting.released = Some(released.clone());
+            return true;
+        }
+        self.let_go((conn, id), released, now);
+        true
+    }
+    /// Records of the client up to here are in the tree: what waited for them is let go.
+    pub(super) fn on_reached(&mut self, conn: ConnId, upto: Seq, now: Instant) {
+        let reached = |((of, id), letting): (&(ConnId, u64), &Letting)| {
+            let released = letting.released.as_ref().filter(|_| *of == conn)?;
+            (released.upto <= upto).then(|| ((*of, *id), released.clone()))
+        };
+        let mut done: Vec<_> = self.lettings.0.iter().filter_map(reached).collect();
+        done.sort_unstable_by_key(|(key, _)| *key);
+        for (key, released) in done {
+            self.let_go(key, Some(released), now);
+        }
+    }
+    fn let_go(&mut self, key: (ConnId, u64), released: Option<Released>, now: Instant) {
+        let Some(letting) = self.lettings.0.remove(&key) else { return };
+        let (conn, no) = (key.0, letting.volume);
         let underway = &mut self.volumes[no].permits.underway;
         if letting.fids.is_empty() {
             underway.remove(&(conn, None));
@@ -529,7 +570,6 @@ impl Server {
             }
         }
         self.pump(no, now);
-        true
     }
 
     pub(super) fn permits_wake_at(&self) -> Option<Instant> {

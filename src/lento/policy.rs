@@ -34,6 +34,9 @@ pub const RETRY_MIN: Duration = Duration::from_millis(100);
 pub const RETRY_MAX: Duration = Duration::from_secs(10);
 /// A client that asked for nothing for so long does not mind that another may change everything.
 pub const IDLE: Duration = Duration::from_secs(2);
+/// What was given is kept at least for so long, so that who asked for it can use it: an operation
+/// of an application is several of the kernel's.
+pub const HOLD: Duration = Duration::from_millis(1);
 /// In larger companies nobody reads a whole volume: every change would be told to everybody.
 pub const READ_ALL_CLIENTS_MAX: usize = 64;
 /// A client that has to ask so often within [`ASKS_WITHIN`] wants to read the whole volume.

@@ -345,8 +345,9 @@ impl Server {
             let gone: Vec<Fid> = gone.into_iter().collect();
             self.on_made(volume, conn, &made, &gone);
             if let Some(peer) = self.peers.get_mut(&conn) {
-                peer.moved_at = now;
+                (peer.moved_at, peer.applied) = (now, peer.applied.max(upto));
                 let node = peer.node;
+                self.on_reached(conn, upto, now);
                 self.has_come(volume, node, upto, now);
             }
         }

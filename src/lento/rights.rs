@@ -99,14 +99,6 @@ impl Rights {
     pub fn is_none(&self) -> bool {
         self.volume == Mode::None && self.objects.values().all(|mode| *mode == Mode::None)
     }
-    /// What is made in a directory that may be changed may be changed, too.
-    pub fn made(&mut self, op: &Op) {
-        if let Some((dir, fid)) = made(op)
-            && self.mode(dir) == Mode::Write
-        {
-            self.set(fid, Mode::Write);
-        }
-    }
 }
 
 /// A client's rights as its threads share them. The volume's mode alone is told without a lock.
@@ -125,10 +117,9 @@ impl Held {
         }
     }
     /// What is made in a directory that may be changed may be changed, too.
-    pub fn made(&self, op: &Op) {
-        let all = self.plain.load(Ordering::Acquire) == WRITE_ALL;
-        if !all && made(op).is_some() {
-            self.edit(|rights| rights.made(op));
+    pub fn made(&self, fid: Fid) {
+        if self.plain.load(Ordering::Acquire) != WRITE_ALL {
+            self.edit(|rights| rights.set(fid, Mode::Write));
         }
     }
     /// Changes the rights; who looks after the return sees the change.

@@ -153,6 +153,8 @@ pub(super) struct Peer {
     pending: Seq,
     pub(super) volume: VolumeNo,
     pub(super) node: u32,
+    /// the newest record that is in the tree, though perhaps not durably
+    pub(super) applied: Seq,
     /// `upto` of the last batch that was taken in
     pub(super) expected: Seq,
     pub(super) batches: VecDeque<Batch>,
@@ -257,6 +259,7 @@ impl Server {
             pending: Seq(0),
             volume: 0,
             node: 0,
+            applied: Seq(0),
             expected: Seq(0),
             batches: VecDeque::new(),
             reads: HashMap::new(),
@@ -384,7 +387,8 @@ impl Server {
     /// The client is `node`, and everything up to `acked` of it is kept durably.
     pub fn on_met(&mut self, conn: ConnId, node: u32, acked: Seq, now: Instant) {
         let Some(peer) = self.peers.get_mut(&conn) else { return };
-        (peer.state, peer.node, peer.expected) = (State::Live, node, acked);
+        (peer.state, peer.node) = (State::Live, node);
+        (peer.expected, peer.applied) = (acked, acked);
         let (no, id, pending) = (peer.volume, peer.hello_id, peer.pending);
         let volume = &mut self.volumes[no];
         let before = volume.nodes.insert(node, conn);

@@ -81,6 +81,10 @@ impl Shipper {
     pub fn acked(&self) -> Seq {
         self.acked
     }
+    /// The newest record that is under way, or was acknowledged.
+    pub fn sent(&self) -> Seq {
+        self.sent
+    }
     pub fn settled(&self) -> Seq {
         self.settled
     }

@@ -201,12 +201,12 @@ impl Running {
             writers: opened.writers,
             mapped: Default::default(),
             passthrough: (settings.passthrough == Passthrough::Auto).into(),
-            keep_absent: false.into(),
+            forgets_names: false.into(),
         });
         cache::store_what_was_open(&filter)?;
         let mounted = fuse::mount(filter.clone(), &mountpoint, &fuse_options(args, settings))
             .with_context(|| format!("mounting on {}", mountpoint.display()))?;
-        kernel.connect(mounted.kernel()?, &filter.cache);
+        kernel.connect(mounted.kernel()?);
         let (tell, events) = channel();
         let control = {
             let answer = wire::Told::new(&filter, &handle, args, place, {

@@ -126,6 +126,18 @@ fn render(status: &Status, now: SystemTime) -> String {
         0 => line("conflicts", "none".to_owned()),
         n => line("conflicts", format!("{n} versions kept in .imz-conflicts")),
     }
+    let may = match &status.permit[..] {
+        "write" => "the whole volume may be changed without asking",
+        "read" => "the whole volume may be read without asking",
+        _ => "asked for object by object",
+    };
+    let but = match status.permits_apart {
+        0 => String::new(),
+        n => format!(", but for {n} objects"),
+    };
+    if status.connected {
+        line("permit", format!("{may}{but}"));
+    }
     if status.requests_foreground > 0 {
         line("requests", format!("{} that an operation waited for", status.requests_foreground));
     }

@@ -3,11 +3,11 @@
 //! The volume knows no messages, and the machine no files: here each is put in the other's terms.
 
 use crate::kml::codec;
-use crate::kml::record::{Fid, Seq, Stamp};
+use crate::kml::record::{Fid, Name, Seq, Stamp};
 use crate::lento::intake::{self, BadBatch, Change, Content};
 use crate::lento::message::{
-    Batch, Changes, Code, Data, Entry, Failed, Message, Object, Page, Pong, Space, Stat, Status,
-    WHAT_LEN_MAX, Xattr,
+    Bare, Batch, Changes, Code, Data, Entry, Failed, Message, Object, Page, Pong, Space, Stat,
+    Status, WHAT_LEN_MAX, Xattr,
 };
 use crate::lento::reint;
 use crate::lento::rights::Mode;
@@ -60,12 +60,23 @@ fn try_answer(
 ) -> volume::Result<(Message, Vec<Fid>)> {
     Ok(match request {
         Message::List(list) => {
-            let found = volume.list(list.dir, &list.after)?;
+            let since = match list.after.is_empty() {
+                true => volume.list_since(list.dir, list.have)?,
+                false => None,
+            };
+            let (found, gone) = match since {
+                Some((found, gone)) => (found, Some(gone)),
+                None => (volume.list(list.dir, &list.after)?, None),
+            };
+            let bare = |name: Name| Bare { name: name.as_bytes().to_vec() };
+            let gone = gone.map(|names| names.into_iter().map(bare).collect());
             let mut given = vec![found.dir.fid];
             given.extend(found.entries.iter().map(|(_, object)| object.fid));
             let entry = |(name, o)| Entry { name, object: object(o) };
             let entries = found.entries.into_iter().map(entry).collect();
-            let page = Page { dir: object(found.dir), entries, more: found.more };
+            let (mode, read_only) = (Mode::None, Vec::new());
+            let dir = object(found.dir);
+            let page = Page { dir, entries, more: found.more, gone, mode, read_only };
             (page.into(), given)
         }
         Message::Stat(Stat { fid, have }) => {

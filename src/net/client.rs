@@ -25,7 +25,7 @@ use crate::kml::record::{Fid, Seq};
 use crate::lento::client::Unmet;
 use crate::lento::message::{Code, Space};
 use crate::lento::policy;
-use crate::lento::rights::Held;
+use crate::lento::rights::{Held, Mode};
 use crate::replica::cache::Cache;
 use crate::replica::hydrate::Notice;
 use crate::sys::fs;
@@ -137,6 +137,11 @@ pub struct Snapshot {
     pub rate: u64,
     /// requests since the start that somebody waited for
     pub requests_foreground: u64,
+    /// sent and received since the start, but for pings
+    pub messages: u64,
+    /// what may be done with the volume, and with how many objects more or less
+    pub permit: Mode,
+    pub permits_apart: u64,
     /// contents that were acknowledged since the start, bytes
     pub shipped_len: u64,
     /// objects since the start of which the server kept its own version
@@ -176,6 +181,7 @@ struct Shared {
     changed: Condvar,
     acked: AtomicU64,
     space: Mutex<(Space, Option<Instant>)>,
+    rights: Arc<Held>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -184,6 +190,7 @@ struct Facts {
     since: SystemTime,
     rate: u64,
     requests_foreground: u64,
+    messages: u64,
     shipped_len: u64,
     conflicts: u64,
     last_error: Option<String>,
@@ -237,6 +244,7 @@ pub fn start(
             since: SystemTime::now(),
             rate: 0,
             requests_foreground: 0,
+            messages: 0,
             shipped_len: 0,
             conflicts: 0,
             last_error: None,
@@ -245,6 +253,7 @@ pub fn start(
         changed: Condvar::new(),
         acked: AtomicU64::new(cache.acked().0),
         space: Mutex::new((space_of(&here), None)),
+        rights: options.rights.clone(),
         thread: Mutex::new(None),
         cache: cache.clone(),
     });
@@ -307,6 +316,8 @@ impl Handle {
         };
         let (clean_len, dirty_len) = cache.clean_and_dirty();
         let state = cache.state.facts();
+        let (permit, permits_apart) =
+            self.0.rights.edit(|rights| (rights.volume(), rights.apart_count()));
         let facts = self.0.facts();
         Snapshot {
             connected: facts.connected,
@@ -316,6 +327,9 @@ impl Handle {
             oldest: oldest_ns.map(age_of),
             rate: facts.rate,
             requests_foreground: facts.requests_foreground,
+            messages: facts.messages,
+            permit,
+            permits_apart: permits_apart as u64,
             shipped_len: facts.shipped_len,
             conflicts: facts.conflicts,
             clean_len,

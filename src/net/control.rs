@@ -71,6 +71,12 @@ pub struct Status {
     pub journal_bytes: u64,
     /// requests that an operation waited for, since the start
     pub requests_foreground: u64,
+    /// sent and received since the start, but for pings
+    pub messages: u64,
+    /// what may be done with the volume without asking: write, read or none
+    pub permit: String,
+    /// objects with which more or less may be done than with the volume
+    pub permits_apart: u64,
     pub passthrough: bool,
     pub pid: u32,
     pub version: String,

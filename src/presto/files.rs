@@ -132,6 +132,9 @@ impl Filter {
             self.change(by, path, op, |_| Ok(()))?;
         }
         (state.stored, state.changed) = (mark, false);
+        if self.cache.seen(fid).is_some() {
+            self.cache.watch(fid, (stat.size, stat.mtime));
+        }
         self.cache.note_held(stat.blocks * 512, state.held_blocks * 512);
         state.held_blocks = stat.blocks;
         if let Some(ranges) = &mut state.dirty {

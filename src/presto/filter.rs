@@ -8,7 +8,7 @@
 use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::LocalKey;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -113,8 +113,8 @@ pub struct Filter {
     pub mapped: Mapped,
     /// data may move without the daemon
     pub passthrough: AtomicBool,
-    /// the kernel may keep the absence of a name: it can be told to look again
-    pub keep_absent: AtomicBool,
+    /// the kernel can be told to look up all names again; else it keeps none
+    pub forgets_names: AtomicBool,
 }
 
 /// By what an object was found.
@@ -316,11 +316,14 @@ impl Filter {
         let origin = Origin::default();
         let record = Record { time_ns, origin, uid: by.uid, gid: by.gid, path, op };
         self.permitted(rights::needs(&record.op))?;
+        // As of now: a recall that comes meanwhile leaves what is made here to us.
+        let made = rights::made(&record.op);
+        let made = made.filter(|(dir, _)| self.rights.mode(*dir) == Mode::Write);
         let ticket = self.cache.append(&record)?;
         let done = act(time_of_ns(time_ns));
         let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Void };
-        if done.is_ok() {
-            self.rights.made(&record.op);
+        if let (Some((_, fid)), Ok(_)) = (made, &done) {
+            self.rights.made(fid);
         }
         self.cache.settle(ticket, outcome);
         done
@@ -351,7 +354,10 @@ impl Filter {
     /// The object for the kernel.
     pub fn found(&self, stat: Stat, meta: &Meta) -> Found {
         // What is answered for want of better must be asked for again: no notice ends it.
-        let keep = stat.nlink > 0 && self.cache.current(meta) && self.may(meta.fid, Mode::Read);
+        let keep = self.forgets_names.load(Ordering::Relaxed)
+            && stat.nlink > 0
+            && self.cache.current(meta)
+            && self.may(meta.fid, Mode::Read);
         if keep {
             self.cache.note_given(meta.fid);
         }

@@ -148,7 +148,7 @@ impl Mounted {
     pub fn kernel(&self) -> io::Result<Kernel> {
         let dev = self.session.as_fd().try_clone_to_owned()?;
         let has_epochs = sys::dev_fuse::next_epoch(&dev).is_ok();
-        self.filter.keep_absent.store(has_epochs, Ordering::Relaxed);
+        self.filter.forgets_names.store(has_epochs, Ordering::Relaxed);
         Ok(Kernel { notifier: self.session.notifier(), dev, has_epochs })
     }
 

@@ -15,18 +15,15 @@ use super::filter::{Filter, Result};
 use super::open::held;
 use crate::kml::record::Fid;
 use crate::kml::writers::Slot;
+use crate::replica::cache::Seen;
 use crate::sys::file::has_writer;
 use crate::sys::fs::{self, Stat, o};
-
-/// By what a change shows.
-type Seen = (u64, (i64, u32));
 
 fn seen(stat: &Stat) -> Seen {
     (stat.size, stat.mtime)
 }
 
 struct Watched {
-    seen: Seen,
     /// after a kill it is stored anew
     slot: Option<Slot>,
 }
@@ -46,7 +43,8 @@ impl Filter {
         let Ok(stat) = fs::fstat(&fd) else { return };
         if has_writer(fd.as_fd()) {
             let slot = self.writers.take(fid);
-            self.watch(fid, Watched { seen: seen(&stat), slot });
+            self.cache.watch(fid, seen(&stat));
+            self.watch(fid, Watched { slot });
         }
     }
 
@@ -67,27 +65,35 @@ impl Filter {
         // Not under the lock: a close must not wait for the disk.
         let fids: Vec<Fid> = held(&self.mapped.all).keys().copied().collect();
         for fid in fids {
-            let Some(mut watched) = held(&self.mapped.all).remove(&fid) else { continue };
-            let mapped = self.look(fid, &mut watched).unwrap_or_else(|e| {
+            let Some(watched) = held(&self.mapped.all).remove(&fid) else { continue };
+            let mapped = self.look(fid).unwrap_or_else(|e| {
                 log::warn!("{fid}: what was written by a mapping is not journaled yet: {e:?}");
                 true
             });
             match mapped {
                 true => self.watch(fid, watched),
-                false => self.unwatch(Some(watched)),
+                false => {
+                    self.cache.end_watching(fid);
+                    self.unwatch(Some(watched));
+                }
             }
         }
     }
 
     /// Whether it is still to be watched.
-    fn look(&self, fid: Fid, watched: &mut Watched) -> Result<bool> {
+    fn look(&self, fid: Fid) -> Result<bool> {
+        if self.files.get(fid).is_some() {
+            return Ok(true); // who has it open sees to it
+        }
         let Ok(fd) = self.cache.tree.open_object(fid, o::RDONLY) else { return Ok(false) };
         let mapped = has_writer(fd.as_fd());
-        if seen(&fs::fstat(&fd)?) != watched.seen {
+        if self
+            .cache
+            .seen(fid)
+            .is_some_and(|before| fs::fstat(&fd).is_ok_and(|s| seen(&s) != before))
+        {
             fs::fdatasync(&fd)?;
-            let stat = fs::fstat(&fd)?;
             self.store_anew(fid, fd)?;
-            watched.seen = seen(&stat);
         }
         Ok(mapped)
     }

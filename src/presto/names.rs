@@ -41,7 +41,7 @@ impl Filter {
 
     /// Whether the kernel may be told for good that a name is not in the directory.
     pub fn may_keep_absence(&self, dir: Fid) -> bool {
-        self.keep_absent.load(Ordering::Relaxed)
+        self.forgets_names.load(Ordering::Relaxed)
             && self.cache.tree.dir(dir).is_ok_and(|dir| self.keeps(&dir))
     }
 

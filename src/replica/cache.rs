@@ -17,6 +17,7 @@ use crate::kml::codec::Outcome;
 use crate::kml::log::{Log, LogError, Ticket};
 use crate::kml::record::{Fid, Name, Record, Seq, Stamp};
 use crate::sys::Errno;
+use crate::sys::fs::Stat;
 
 /// The journal's cursors: the newest record that the server keeps, the stamp up to which every
 /// break was processed, and about how much data the tree holds.
@@ -76,6 +77,9 @@ pub trait Written: Send + Sync {
     fn taken_over(&self);
 }
 
+/// By what a change of a file shows: size and time.
+pub type Seen = (u64, (i64, u32));
+
 /// Files that are open for writing, by how many.
 type Writing = HashMap<Fid, (u32, Arc<dyn Written>)>;
 
@@ -88,7 +92,9 @@ pub struct Cache {
     pub bell: Bell,
     /// files that are open for writing, by how many
     writing: Mutex<Writing>,
-    /// of these, what the server has new contents of
+    /// files that somebody may write to unseen, and how they were when they were last looked at
+    watched: Mutex<HashMap<Fid, Seen>>,
+    /// of those that are open, what the server has new contents of
     wanted: Mutex<Vec<Fid>>,
     /// what the kernel was given to keep
     given: Mutex<HashSet<Fid>>,
@@ -125,6 +131,7 @@ impl Cache {
             bell: Bell::default(),
             writing: Mutex::default(),
             given: Mutex::default(),
+            watched: Mutex::default(),
             wanted: Mutex::default(),
             online: AtomicBool::new(false),
             epoch: AtomicU32::new(epoch),
@@ -174,6 +181,33 @@ impl Cache {
     /// Whether something was written that is not journaled yet: it stays as it is here.
     pub fn is_unsaved(&self, fid: Fid) -> bool {
         self.written(fid).is_some_and(|file| file.is_unsaved())
+    }
+    /// Remembers how the file looks, until [`Cache::end_watching`].
+    pub fn watch(&self, fid: Fid, seen: Seen) {
+        self.watched().insert(fid, seen);
+    }
+    pub fn end_watching(&self, fid: Fid) {
+        self.watched().remove(&fid);
+    }
+    /// How the file looked, if it is watched.
+    pub fn seen(&self, fid: Fid) -> Option<Seen> {
+        self.watched().get(&fid).copied()
+    }
+    /// What the file is now is the server's doing.
+    pub(super) fn note_taken_over(
+        &self,
+        fid: Fid,
+        stat: impl FnOnce() -> Result<Stat, Errno>,
+    ) -> Result<(), Errno> {
+        if let Some(seen) = self.watched().get_mut(&fid) {
+            let stat = stat()?;
+            *seen = (stat.size, stat.mtime);
+        }
+        Ok(())
+    }
+    fn watched(&self) -> MutexGuard<'_, HashMap<Fid, Seen>> {
+        // Whole after every statement.
+        self.watched.lock().unwrap_or_else(|e| e.into_inner())
     }
     /// The contents of a file that is open for writing must come at once: the kernel may write to
     /// it without asking.

@@ -159,6 +159,7 @@ pub(super) fn update(
         }
     }
     set_attributes(cache, dir, name.as_bytes(), object, false)?;
+    cache.note_taken_over(meta.fid, || fs::stat(dir, name.as_bytes()))?;
     if let Some(file) = cache.written(meta.fid) {
         file.taken_over();
         if !meta.complete {
@@ -209,7 +210,10 @@ pub(super) fn update_dir(
         // Its attributes are known; what it contains only if nothing has changed since.
         meta.stale = !listed && meta.complete && !same;
         meta.complete |= listed;
-        meta.stamp = meta.stamp.max(object.stamp);
+        // The version is that of what it contains.
+        if !meta.stale {
+            meta.stamp = meta.stamp.max(object.stamp);
+        }
         meta.epoch = epoch;
         meta.nlink = if meta.complete { 0 } else { nlink(object, 0) };
     })?;
@@ -346,6 +350,7 @@ pub fn write_range(
     }
     let Attr { atime, mtime, .. } = attr_of(&stat);
     fs::utimes_fd(&fd, time(atime), time(mtime))?;
+    cache.note_taken_over(fid, || fs::fstat(&fd))?;
     if let Some(file) = cache.written(fid).filter(|_| !is_unsaved) {
         file.taken_over();
     }

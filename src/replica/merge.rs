@@ -25,6 +25,8 @@ pub struct Listing {
     dir: Option<Remote>,
     /// something stayed that the server does not have there
     kept: bool,
+    /// the pages name only what has changed
+    partial: bool,
 }
 
 /// One page of a listing.
@@ -33,6 +35,8 @@ pub struct RemotePage {
     pub dir: Remote,
     /// the bytes of names, not checked yet, and what they stand for
     pub entries: Vec<(Vec<u8>, Remote)>,
+    /// the entries are those that changed, and these names are gone
+    pub gone: Option<Vec<Vec<u8>>>,
 }
 
 /// What one entry needs, found before its locks are taken and checked after.
@@ -83,8 +87,41 @@ pub fn merge_page(
             break;
         }
     }
+    merged?;
+    for raw in page.gone.iter().flatten() {
+        let Ok(name) = Name::new(raw) else { continue };
+        listing.kept |= !let_go(cache, &dir, name, mark, &mut notices)?;
+    }
+    listing.partial |= page.gone.is_some();
     listing.dir = Some(page.dir);
-    merged.map(|()| notices)
+    Ok(notices)
+}
+
+/// Takes away a name that the server does not have. False: it is to be looked at again.
+fn let_go(
+    cache: &Cache,
+    dir: &Dir,
+    name: Name,
+    mark: Seq,
+    notices: &mut Vec<Notice>,
+) -> Result<bool> {
+    let found = Found { here: look(cache, dir, &name)?, elsewhere: None };
+    let _entries = cache.tree.lock(&[dir.fid]);
+    let objects: Vec<Fid> = found.here_fid().into_iter().chain([dir.fid]).collect();
+    let _objects = cache.tree.lock_objects(&objects);
+    let here = look(cache, dir, &name)?;
+    let Some((stat, meta)) = here else { return Ok(true) };
+    if meta.as_ref().map(|meta| meta.fid) != found.here_fid() {
+        return Ok(false); // it changed while the locks were awaited
+    }
+    if cache.pending().name(dir.fid, &name) > mark {
+        return Ok(true);
+    }
+    let gone = untouched(dir, || retire(cache, dir, &name, &stat, meta.as_ref(), mark))?;
+    if gone {
+        notices.push(Notice::Entry { dir: dir.fid, name });
+    }
+    Ok(gone)
 }
 
 /// Putting a directory right is no change of it: it keeps its time. The caller holds its locks.
@@ -112,32 +149,21 @@ pub fn finish_listing(
     let Some(object) = listing.dir else { return Ok(Vec::new()) };
     let dir = cache.tree.dir(dir)?;
     let (mut notices, mut kept) = (Vec::new(), listing.kept);
-    for entry in fs::read_dir(&*dir)? {
+    let entries = if listing.partial { Vec::new() } else { fs::read_dir(&*dir)? };
+    for entry in entries {
         let Ok(name) = Name::new(&entry.name) else { continue };
         if listing.seen.contains(&name) || (dir.fid == ROOT && name.as_bytes() == OWN_NAME) {
             continue;
         }
-        let found = Found { here: look(cache, &dir, &name)?, elsewhere: None };
-        let _entries = cache.tree.lock(&[dir.fid]);
-        let objects: Vec<Fid> = found.here_fid().into_iter().chain([dir.fid]).collect();
-        let _objects = cache.tree.lock_objects(&objects);
-        let here = look(cache, &dir, &name)?;
-        let Some((stat, meta)) = here else { continue };
-        if meta.as_ref().map(|meta| meta.fid) != found.here_fid() {
-            kept = true; // it changed while the locks were awaited
-        } else if cache.pending().name(dir.fid, &name) > mark {
-            continue;
-        } else if untouched(&dir, || retire(cache, &dir, &name, &stat, meta.as_ref(), mark))? {
-            notices.push(Notice::Entry { dir: dir.fid, name });
-        } else {
-            kept = true;
-        }
+        kept |= !let_go(cache, &dir, name, mark, &mut notices)?;
     }
     let _locked = cache.tree.lock_objects(&[dir.fid]);
-    let known = cache.current(&dir.meta());
+    let before = dir.meta();
+    let known = cache.current(&before);
     hydrate::update_dir(cache, &dir, &object, mark, true)?;
     if kept || !fresh {
-        cache.tree.edit_dir(&dir, |meta| meta.stale = true)?;
+        // What has changed since is still to be looked at.
+        cache.tree.edit_dir(&dir, |meta| (meta.stale, meta.stamp) = (true, before.stamp))?;
     }
     // else the kernel keeps nothing of it, as with set_object
     if known {

@@ -3,7 +3,9 @@
 //! In memory only, and rebuilt from the journal at start. A listing or an object that was fetched
 //! when the server had own records up to `mark` says nothing about what a newer own record
 //! changed: there, what is here stays. So entries outlive their acknowledgement until no fetch is
-//! under way that might be older ([`Pending::prune`]). Its owner makes it safe for threads.
+//! under way that might be older ([`Pending::prune`]). What was let go for others counts as theirs
+//! already ([`Pending::let_go`]): the server says nothing about it before it has our changes, or
+//! the connection breaks. Its owner makes it safe for threads.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -37,6 +39,9 @@ struct Waiting {
 pub struct Pending {
     objects: HashMap<Fid, Own>,
     names: HashMap<Fid, HashMap<Name, Seq>>,
+    /// objects that were let go, and own records up to which that is so
+    let_go: HashMap<Fid, Seq>,
+    all_let_go: Seq,
     name_count: usize,
     /// records that are not acknowledged, in order
     waiting: VecDeque<Waiting>,
@@ -110,6 +115,7 @@ impl Pending {
     /// off until it is worth while.
     pub fn prune(&mut self, floor: Seq) {
         let floor = floor.min(self.acked);
+        self.let_go.retain(|_, seq| *seq > floor);
         let size = self.objects.len() + self.name_count;
         if floor <= self.pruned || self.acked_since_prune * 4 < size {
             return;
@@ -123,13 +129,36 @@ impl Pending {
         (self.pruned, self.acked_since_prune) = (floor, 0);
     }
 
-    /// The newest own records on an object.
+    /// The newest own records on an object, but for what was let go.
     pub fn own(&self, fid: Fid) -> Own {
-        self.objects.get(&fid).copied().unwrap_or_default()
+        let own = self.objects.get(&fid).copied().unwrap_or_default();
+        let gone = self.let_go_upto(fid);
+        let rest = |seq: Seq| if seq > gone { seq } else { Seq(0) };
+        Own { attr: rest(own.attr), data: rest(own.data), entries: rest(own.entries) }
     }
-    /// The newest own record on a name.
+    /// The newest own record on a name, unless the directory was let go since.
     pub fn name(&self, dir: Fid, name: &Name) -> Seq {
-        self.names.get(&dir).and_then(|names| names.get(name)).copied().unwrap_or_default()
+        let newest = self.names.get(&dir).and_then(|names| names.get(name)).copied();
+        newest.filter(|seq| *seq > self.let_go_upto(dir)).unwrap_or_default()
+    }
+    fn let_go_upto(&self, fid: Fid) -> Seq {
+        self.let_go.get(&fid).copied().unwrap_or_default().max(self.all_let_go)
+    }
+    /// Others may change these (all, if none is named) once the server has own records up to
+    /// `upto`, which are on their way.
+    pub fn let_go(&mut self, fids: &[Fid], upto: Seq) {
+        if fids.is_empty() {
+            self.all_let_go = self.all_let_go.max(upto);
+        }
+        for fid in fids {
+            let known = self.let_go.entry(*fid).or_default();
+            *known = upto.max(*known);
+        }
+    }
+    /// The connection is gone: what has not arrived is ours again.
+    pub fn take_back(&mut self) {
+        self.let_go.clear();
+        self.all_let_go = Seq(0);
     }
     /// Whether the server lacks something of the object itself (entries do not count).
     pub fn is_ours(&self, fid: Fid) -> bool {
@@ -138,7 +167,7 @@ impl Pending {
     }
     /// Whether the server lacks contents of the file: it must not be evicted.
     pub fn is_dirty(&self, fid: Fid) -> bool {
-        self.own(fid).data > self.acked
+        self.objects.get(&fid).is_some_and(|own| own.data > self.acked)
     }
     /// Every object that own records newer than `mark` are about, and every directory in which
     /// such a record changed a name.

@@ -14,7 +14,7 @@
 //! another. A change is journaled, then done, then settled (apply.rs); what a crash left open is
 //! redone at open (redo.rs). Clients neither see nor name `.imz` and `.imz-conflicts` at the root.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -36,6 +36,8 @@ const PAGE_LEN: usize = 512 << 10;
 /// Most bytes in all attributes of one object that are given to clients.
 const XATTRS_LEN_MAX: usize = 1 << 20;
 const XATTRS_MAX: usize = 1024;
+/// Most records that are read to find what changed in one directory.
+const LIST_RECORDS_MAX: u64 = 8192;
 /// Most records that one answer about the history looks at.
 const SINCE_RECORDS_MAX: usize = 65536;
 /// Most objects in one such answer.
@@ -345,6 +347,42 @@ impl Volume {
             self.tree.index.flush(false).map_err(TreeError::from)?;
         }
         Ok(page)
+    }
+    /// What has changed in a directory since a version of it: entries as they are now, and names
+    /// that are gone. `None`: too much, or too long ago.
+    ///
+    /// # Errors
+    /// `Gone`, `NotADir`.
+    pub fn list_since(&mut self, fid: Fid, have: Stamp) -> Result<Option<(Listing, Vec<Name>)>> {
+        let (from, last) = (Seq(have.0 + 1), self.log.last());
+        let known = have != Stamp(0) && from >= self.log.first() && have.0 <= last.0;
+        if !known || last.0 - have.0 > LIST_RECORDS_MAX {
+            return Ok(None);
+        }
+        let mut names = BTreeSet::new();
+        for entry in self.log.entries(from) {
+            let record = entry?.record;
+            let places = record.op.places().into_iter().flatten();
+            names.extend(places.filter(|place| place.dir == fid).map(|place| place.name.clone()));
+        }
+        let dir = self.dir(fid)?;
+        let mut page = Listing { dir: self.dir_object(&dir)?, entries: Vec::new(), more: false };
+        let (mut gone, mut len) = (Vec::new(), 0);
+        for name in names {
+            match self.object(&dir, &name) {
+                Ok(object) => {
+                    len += 128 + name.as_bytes().len() + object.target.len();
+                    len += object.xattrs.iter().map(|(k, v)| 8 + k.len() + v.len()).sum::<usize>();
+                    page.entries.push((name.as_bytes().to_vec(), object));
+                }
+                Err(VolumeError::Os(Errno::NOENT)) => {
+                    len += 8 + name.as_bytes().len();
+                    gone.push(name);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok((len < PAGE_LEN).then_some((page, gone)))
     }
     /// Sorted; those of the directory that is being paged through are kept.
     fn names(&mut self, dir: &Dir, first: bool) -> Result<Arc<Vec<Name>>> {

@@ -444,6 +444,15 @@ impl Mount {
         self.point.join(path)
     }
 
+    /// SIGSTOP.
+    pub fn freeze(&self) {
+        self.process.signal(Signal::STOP);
+    }
+
+    pub fn thaw(&self) {
+        self.process.signal(Signal::CONT);
+    }
+
     /// SIGKILL. The dead mount stays until [`Mount::umount_dead`].
     pub fn kill(&mut self) {
         self.process.kill();

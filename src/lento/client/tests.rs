@@ -22,7 +22,15 @@ fn object(fid: Fid) -> Object {
 
 fn page(dir: Fid, names: &[&str], more: bool) -> Message {
     let entry = |n: &&str| Entry { name: n.as_bytes().to_vec(), object: object(B) };
-    Page { dir: object(dir), entries: names.iter().map(entry).collect(), more }.into()
+    Page {
+        dir: object(dir),
+        entries: names.iter().map(entry).collect(),
+        more,
+        gone: None,
+        mode: Mode::Read,
+        read_only: vec![],
+    }
+    .into()
 }
 
 fn data(at: u64, len: usize, token: u64) -> Message {
@@ -194,7 +202,7 @@ fn reconnects_with_growing_pauses() {
 fn a_connection_that_never_stands_is_given_up() {
     let mut rig = Rig::new(0, 0);
     rig.client.on_wake(rig.now);
-    rig.client.on_want(Want::Dir(ROOT), 1, rig.now);
+    rig.client.on_want(Want::Dir { fid: ROOT, have: Stamp(0) }, 1, rig.now);
     rig.pass(9_999);
     assert_eq!(rig.effects(), [Effect::Connect]);
     assert!(rig.client.wake_at() <= rig.now + Duration::from_millis(1));
@@ -202,7 +210,7 @@ fn a_connection_that_never_stands_is_given_up() {
     let effects = rig.effects();
     assert!(matches!(effects[0], Effect::Close { .. }));
     assert_eq!(Rig::resolved(&effects), [(1, Err(Unmet::Unreachable))]);
-    rig.client.on_want(Want::Dir(ROOT), 2, rig.now);
+    rig.client.on_want(Want::Dir { fid: ROOT, have: Stamp(0) }, 2, rig.now);
     assert_eq!(Rig::resolved(&rig.effects()), [(2, Err(Unmet::Unreachable))], "at once");
 }
 
@@ -258,7 +266,7 @@ fn same_wants_share_a_request() {
     rig.effects();
     let before = rig.client.requests_foreground();
     for ticket in 0..5 {
-        rig.client.on_want(Want::Dir(A), ticket, rig.now);
+        rig.client.on_want(Want::Dir { fid: A, have: Stamp(0) }, ticket, rig.now);
         rig.client.on_want(Want::Object { fid: B, have: Stamp(0) }, 10 + ticket, rig.now);
         rig.client.on_want(bytes(B, &[3], &[]), 20 + ticket, rig.now);
     }
@@ -280,11 +288,11 @@ fn same_wants_share_a_request() {
 fn a_listing_goes_on_where_the_page_ended() {
     let mut rig = Rig::online(0, 0);
     rig.effects();
-    rig.client.on_want(Want::Dir(A), 1, rig.now);
+    rig.client.on_want(Want::Dir { fid: A, have: Stamp(0) }, 1, rig.now);
     let first = rig.sent().pop().unwrap();
     rig.answer(first.0, page(A, &["a", "b"], true));
     let second = rig.sent().pop().unwrap();
-    assert_eq!(second.1, List { dir: A, after: b"b".to_vec() }.into());
+    assert_eq!(second.1, List { dir: A, after: b"b".to_vec(), have: Stamp(0) }.into());
     rig.answer(second.0, page(A, &["c"], false));
     let effects = rig.effects();
     assert!(matches!(effects[0], Effect::MergePage { first: false, .. }));
@@ -297,7 +305,7 @@ fn pages_out_of_order_end_the_connection() {
     for names in [&["b", "a"][..], &["a", "a"], &[]] {
         let mut rig = Rig::online(0, 0);
         rig.effects();
-        rig.client.on_want(Want::Dir(A), 1, rig.now);
+        rig.client.on_want(Want::Dir { fid: A, have: Stamp(0) }, 1, rig.now);
         let first = rig.sent().pop().unwrap();
         rig.answer(first.0, page(A, names, true));
         assert!(matches!(rig.effects()[0], Effect::Close { .. }), "{names:?}");
@@ -308,7 +316,7 @@ fn pages_out_of_order_end_the_connection() {
 fn a_directory_broken_in_the_middle_is_listed_again_three_times() {
     let mut rig = Rig::online(0, 0);
     rig.effects();
-    rig.client.on_want(Want::Dir(A), 1, rig.now);
+    rig.client.on_want(Want::Dir { fid: A, have: Stamp(0) }, 1, rig.now);
     let mut request = rig.sent().pop().unwrap();
     for round in 0..policy::RELIST_MAX {
         rig.answer(request.0, page(A, &["a", "b"], true));
@@ -316,7 +324,11 @@ fn a_directory_broken_in_the_middle_is_listed_again_three_times() {
         rig.client.on_message(900, false, Break { fids: vec![B, A] }.into(), rig.now);
         let effects = rig.effects();
         let Effect::Send { id, message, .. } = &effects[0] else { panic!("{effects:?}") };
-        assert_eq!(*message, List { dir: A, after: vec![] }.into(), "round {round}");
+        assert_eq!(
+            *message,
+            List { dir: A, after: vec![], have: Stamp(0) }.into(),
+            "round {round}"
+        );
         request.0 = *id;
         rig.answer(late, page(A, &["c"], false));
         assert_eq!(rig.effects(), [], "the old listing's page means nothing any more");
@@ -428,7 +440,7 @@ fn a_file_that_moved_on_is_looked_at_before_its_readers_go_on() {
 fn wants_survive_a_short_break_of_the_connection() {
     let mut rig = Rig::online(0, 0);
     rig.effects();
-    rig.client.on_want(Want::Dir(A), 1, rig.now);
+    rig.client.on_want(Want::Dir { fid: A, have: Stamp(0) }, 1, rig.now);
     rig.client.on_want(bytes(B, &[0], &[1]), 2, rig.now);
     let late = rig.sent();
     rig.client.on_closed(rig.now);
@@ -616,7 +628,7 @@ fn the_floor_is_the_oldest_fetch_under_way() {
     let mut rig = Rig::online(0, 30);
     rig.effects();
     assert_eq!(rig.client.floor(), Seq(0));
-    rig.client.on_want(Want::Dir(A), 1, rig.now);
+    rig.client.on_want(Want::Dir { fid: A, have: Stamp(0) }, 1, rig.now);
     let list = rig.sent().pop().unwrap();
     rig.client.on_ship_now(rig.now);
     rig.effects();
@@ -633,7 +645,7 @@ fn the_floor_is_the_oldest_fetch_under_way() {
 fn answers_of_the_wrong_kind_and_requests_out_of_turn_end_the_connection() {
     let mut rig = Rig::online(0, 0);
     rig.effects();
-    rig.client.on_want(Want::Dir(A), 1, rig.now);
+    rig.client.on_want(Want::Dir { fid: A, have: Stamp(0) }, 1, rig.now);
     let list = rig.sent().pop().unwrap();
     rig.answer(list.0, Status { object: object(A), mode: Mode::Read, data: None });
     assert!(matches!(rig.effects()[0], Effect::Close { .. }));

@@ -73,7 +73,7 @@ impl Rig {
     }
     fn give(&mut self, conn: ConnId, fids: &[u64]) {
         let given: Vec<Fid> = fids.iter().map(|f| Fid(*f)).collect();
-        let request = List { dir: Fid(1), after: vec![] }.into();
+        let request = List { dir: Fid(1), after: vec![], have: Stamp(0) }.into();
         self.server.on_answer(conn, 0, (&request, pong()), &given, self.now);
         self.take();
     }
@@ -226,7 +226,19 @@ fn out_of_turn_is_closed() {
     let mut rig = two();
     rig.say(A, 2, hello("v").into());
     assert_eq!(closed(&rig.take()), [(A, Why::OutOfTurn(1))]);
-    rig.reply(B, 2, Page { dir: object(), entries: vec![], more: false }.into());
+    rig.reply(
+        B,
+        2,
+        Page {
+            dir: object(),
+            entries: vec![],
+            more: false,
+            gone: None,
+            mode: Mode::Read,
+            read_only: vec![],
+        }
+        .into(),
+    );
     assert_eq!(closed(&rig.take()), [(B, Why::OutOfTurn(11))]);
 }
 
@@ -253,7 +265,7 @@ fn a_newer_connection_of_the_same_node_replaces_the_old_one() {
 #[test]
 fn requests_are_passed_on_and_answered() {
     let mut rig = two();
-    rig.say(A, 7, List { dir: Fid(1), after: vec![] }.into());
+    rig.say(A, 7, List { dir: Fid(1), after: vec![], have: Stamp(0) }.into());
     assert!(matches!(
         &rig.take()[..],
         [Effect::Ask { conn: A, id: 7, volume: 0, node: 1, request: Message::List(_) }]

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use crate::cli::MountArgs;
 use crate::cli::options::Source;
-use crate::kml::record::{Fid, ROOT, Seq};
+use crate::kml::record::{ROOT, Seq};
 use crate::lento::client::Unmet;
 use crate::lento::message::Space;
+use crate::lento::rights::Mode;
 use crate::modes::{Exit, Failure};
 use crate::net::client::{self, FirstContact, Handle, Notify};
 use crate::net::control::{Answer, Status};
@@ -19,7 +20,6 @@ use crate::presto::fuse::Kernel;
 use crate::replica::cache::Cache;
 use crate::replica::hydrate::Notice;
 use crate::sys::Errno;
-use crate::sys::fs;
 
 /// The filter's way to the loop.
 pub struct Way(pub Handle);
@@ -55,12 +55,12 @@ fn errno(why: Unmet) -> Errno {
 }
 
 /// A thread that tells the kernel what is stale, once it knows the kernel.
-pub struct ToKernel(Arc<OnceLock<(Kernel, Arc<Cache>)>>);
+pub struct ToKernel(Arc<OnceLock<Kernel>>);
 
 impl ToKernel {
-    pub fn connect(&self, kernel: Kernel, cache: &Arc<Cache>) {
+    pub fn connect(&self, kernel: Kernel) {
         // Set once: a mount has one kernel.
-        let _ = self.0.set((kernel, cache.clone()));
+        let _ = self.0.set(kernel);
     }
 }
 
@@ -85,9 +85,9 @@ pub fn notifier() -> std::io::Result<(Box<dyn Notify>, ToKernel)> {
     Ok((Box::new(Notifier(send)), ToKernel(kernel)))
 }
 
-fn tell(news: &Receiver<News>, known: &OnceLock<(Kernel, Arc<Cache>)>) {
+fn tell(news: &Receiver<News>, known: &OnceLock<Kernel>) {
     for (what, done) in news {
-        if let Some((kernel, cache)) = known.get() {
+        if let Some(kernel) = known.get() {
             let all_entries = what
                 .iter()
                 .any(|notice| matches!(notice, Notice::All | Notice::Object { dir: true, .. }));
@@ -96,32 +96,18 @@ fn tell(news: &Receiver<News>, known: &OnceLock<(Kernel, Arc<Cache>)>) {
             }
             for notice in what {
                 match notice {
-                    Notice::Object { fid, dir } => {
+                    Notice::Object { fid, .. } => {
                         kernel.forget_object(fid);
-                        if dir && !kernel.has_epochs {
-                            forget_each(kernel, cache, fid);
-                        }
                     }
-                    Notice::Entry { dir, name } => kernel.forget_entry(dir, name.as_bytes()),
+                    // Entries are looked up again after their directory has changed; to forget
+                    // one, the kernel would wait for whoever works in the directory.
+                    Notice::Entry { .. } => {}
                     // Of the root there is no entry that could be looked up again.
-                    Notice::All => {
-                        kernel.forget_object(ROOT);
-                        if !kernel.has_epochs {
-                            forget_each(kernel, cache, ROOT); // each with all that is below it
-                        }
-                    }
+                    Notice::All => kernel.forget_object(ROOT),
                 }
             }
         }
         done();
-    }
-}
-
-/// For kernels that cannot forget all entries at once: those that are here, one by one.
-fn forget_each(kernel: &Kernel, cache: &Cache, dir: Fid) {
-    let entries = cache.tree.dir(dir).ok().and_then(|dir| fs::read_dir(&*dir).ok());
-    for entry in entries.into_iter().flatten() {
-        kernel.forget_entry(dir, &entry.name);
     }
 }
 
@@ -204,6 +190,13 @@ impl<F: Fn() + Send + Sync> Answer for Told<F> {
             conflicts: s.conflicts,
             journal_bytes: self.filter.cache.log.bytes(),
             requests_foreground: s.requests_foreground,
+            messages: s.messages,
+            permit: match s.permit {
+                Mode::Write => "write".to_owned(),
+                Mode::Read => "read".to_owned(),
+                Mode::None => "none".to_owned(),
+            },
+            permits_apart: s.permits_apart,
             passthrough: self.filter.passthrough.load(Ordering::Relaxed),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -13,13 +13,14 @@ use super::{In, Notify, Options, Peer, Shared, Waiter, Want};
 use crate::kml::record::{Fid, Seq, Stamp};
 use crate::lento::client::{Client, Effect, Settings, Ticket, Unmet, Want as Need, Who};
 use crate::lento::message::*;
-use crate::lento::rights::{Held, Mode};
+use crate::lento::rights::Mode;
 use crate::lento::ship::Bell;
 use crate::net::conn::{Conn, Lane};
 use crate::net::poll::{Event, Loop, Stream};
 use crate::replica::cache::Cache;
 use crate::replica::hydrate::{self, Notice};
 use crate::replica::merge::{self, Listing};
+use crate::replica::meta::Meta;
 use crate::replica::tree::TreeError;
 
 mod link;
@@ -39,7 +40,6 @@ pub(super) struct Driver {
     machine: Client,
     timeout: Duration,
     notifier: Box<dyn Notify>,
-    rights: Arc<Held>,
     event_loop: Loop,
     inbox: Receiver<In>,
     worker: Worker,
@@ -111,7 +111,6 @@ impl Driver {
             machine,
             timeout: settings.timeout,
             notifier,
-            rights: options.rights,
             event_loop,
             inbox,
             worker,
@@ -260,7 +259,7 @@ impl Driver {
 
     fn on_want(&mut self, want: Want, waiter: Waiter, now: Instant) {
         let (fid, need) = match want {
-            Want::Dir(fid) => (fid, Need::Dir(fid)),
+            Want::Dir(fid) => (fid, Need::Dir { fid, have: self.listed(fid) }),
             Want::Object(fid) => (fid, Need::Object { fid, have: self.version(fid) }),
             Want::Permit(few) => {
                 let fids: Vec<Fid> = few.into_iter().flatten().collect();
@@ -278,6 +277,13 @@ impl Driver {
         self.next_ticket += 1;
         self.tickets.insert(self.next_ticket, (fid, waiter));
         self.machine.on_want(need, self.next_ticket, now);
+    }
+
+    /// The version of a directory whose entries were last all here.
+    fn listed(&self, fid: Fid) -> Stamp {
+        let meta = self.cache.tree.dir(fid).map(|dir| dir.meta());
+        let here = |meta: &Meta| meta.complete && meta.epoch == self.cache.epoch();
+        meta.ok().filter(here).map_or(Stamp(0), |meta| meta.stamp)
     }
 
     /// Of a file that is all here.
@@ -316,13 +322,18 @@ impl Driver {
             }
             Effect::MarkStale { break_id, fids } => self.mark_stale(break_id, &fids),
             Effect::BumpEpoch => self.bump_epoch(),
-            Effect::SetVolume { mode, raise } => self.rights.edit(|rights| match raise {
+            Effect::SetVolume { mode, raise } => self.shared.rights.edit(|rights| match raise {
                 true => rights.raise_volume(mode),
                 false => rights.set_volume(mode),
             }),
-            Effect::Raise { fids, mode } => self.rights.edit(|rights| {
+            Effect::Raise { fids, mode } => self.shared.rights.edit(|rights| {
                 for fid in fids {
                     rights.set(fid, rights.mode(fid).max(mode));
+                }
+            }),
+            Effect::SetModes { fids, mode } => self.shared.rights.edit(|rights| {
+                for fid in fids {
+                    rights.set(fid, mode);
                 }
             }),
             Effect::Lower { recall_id, fids, mode } => self.lower(recall_id, &fids, mode, now),
@@ -411,7 +422,7 @@ impl Driver {
     }
 
     fn mark_stale(&mut self, break_id: Option<u64>, fids: &[Fid]) {
-        self.rights.edit(|rights| {
+        self.shared.rights.edit(|rights| {
             for fid in fids {
                 rights.broken(*fid);
             }
@@ -435,7 +446,7 @@ impl Driver {
     /// Others need what we may do. What we have changed of it is shipped; what we have not changed
     /// can be read on, if that is all they want.
     fn lower(&mut self, recall_id: u64, fids: &[Fid], mode: Mode, now: Instant) {
-        self.rights.edit(|rights| match fids {
+        self.shared.rights.edit(|rights| match fids {
             [] => rights.set_volume(mode),
             _ => fids.iter().for_each(|fid| rights.set(*fid, rights.mode(*fid).min(mode))),
         });
@@ -453,7 +464,8 @@ impl Driver {
         let clean = |(_, seq): &&(Fid, Seq)| mode == Mode::Read && *seq <= acked;
         let kept: Vec<Fid> = newest.iter().filter(clean).map(|(fid, _)| *fid).collect();
         let gone: Vec<Fid> = newest.iter().filter(|own| !clean(own)).map(|(fid, _)| *fid).collect();
-        self.rights.edit(|rights| gone.iter().for_each(|fid| rights.set(*fid, Mode::None)));
+        self.shared.rights.edit(|rights| gone.iter().for_each(|fid| rights.set(*fid, Mode::None)));
+        self.cache.pending().let_go(fids, target);
         self.machine.on_lowered(recall_id, target, kept, now);
         let (shared, generation) = (self.shared.clone(), self.generation);
         let done = Box::new(move || shared.tell(In::Told { generation, recall_id }));
@@ -589,6 +601,7 @@ impl Driver {
         }
         let mut facts = self.shared.facts();
         facts.rate = self.rate.per_second as u64;
+        facts.messages = self.machine.messages();
         facts.requests_foreground = self.machine.requests_foreground();
         facts.shipped_len = self.machine.shipped_len();
     }

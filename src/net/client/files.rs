@@ -22,7 +22,8 @@ pub fn remote(object: Object) -> Remote {
 
 pub fn remote_page(page: Page) -> RemotePage {
     let entries = page.entries.into_iter().map(|e| (e.name, remote(e.object))).collect();
-    RemotePage { dir: remote(page.dir), entries }
+    let gone = page.gone.map(|names| names.into_iter().map(|bare| bare.name).collect());
+    RemotePage { dir: remote(page.dir), entries, gone }
 }
 
 /// What is missing of `at..at + len`, and behind it; `None` when all is here.

@@ -170,7 +170,11 @@ fn fetches_ships_and_forgets_what_is_broken() {
     let file = Fid::new(0, 5);
     let entries = vec![Entry { name: b"f".to_vec(), object: object(file, 0o100644, 6) }];
     let dir = object(ROOT, 0o040755, 0);
-    served.send(list.id, true, Page { dir, entries, more: false });
+    served.send(
+        list.id,
+        true,
+        Page { dir, entries, more: false, gone: None, mode: Mode::Read, read_only: vec![] },
+    );
     assert_eq!(listed.recv_timeout(SOON).unwrap(), Ok(()));
     let read = rig.want(Want::Bytes { fid: file, at: 2, len: 1 });
     let ask = served.next();
@@ -249,7 +253,18 @@ fn a_broken_connection_is_made_again_and_nothing_is_lost() {
         match got.message {
             Message::List(_) => {
                 let dir = object(ROOT, 0o040755, 0);
-                served.send(got.id, true, Page { dir, entries: vec![], more: false });
+                served.send(
+                    got.id,
+                    true,
+                    Page {
+                        dir,
+                        entries: vec![],
+                        more: false,
+                        gone: None,
+                        mode: Mode::Read,
+                        read_only: vec![],
+                    },
+                );
             }
             Message::Batch(b) => {
                 assert_eq!(b.after, Seq(0), "from where the server stands");

@@ -64,7 +64,7 @@ impl Rig {
         let mut listing = Listing::default();
         let entries = entries.into_iter().map(|(n, r)| (n.as_bytes().to_vec(), r)).collect();
         let dir_now = Remote { stamp: Stamp(9), ..subdir(dir) };
-        let page = RemotePage { dir: dir_now, entries };
+        let page = RemotePage { dir: dir_now, entries, gone: None };
         let (dir, mark) = (Fid(dir), Seq(mark));
         let mut notices = merge_page(&self.cache, &mut listing, dir, page, mark).unwrap();
         notices.extend(finish_listing(&self.cache, listing, dir, mark, true).unwrap());
@@ -524,10 +524,7 @@ fn broken_promises_are_noted_and_told() {
     done.unwrap();
     assert_eq!(
         notices,
-        [
-            Notice::Object { fid: Fid(12), dir: false },
-            Notice::Object { fid: Fid(10), dir: true },
-        ]
+        [Notice::Object { fid: Fid(12), dir: false }, Notice::Object { fid: Fid(10), dir: true },]
     );
     assert!(!rig.cache.valid(&rig.meta(12)) && !rig.cache.valid(&rig.meta(10)));
     rig.cache.set_online(false);

@@ -95,6 +95,7 @@ impl Driver {
                             if generation != self.generation || !matches!(self.link, Link::Up(_)) {
                                 break; // an effect closed the connection
                             }
+                            log::trace!("< {} {}", m.id, m.message.brief());
                             self.machine.on_message(m.id, m.answer, m.message, now);
                             self.turn(now);
                         }
@@ -113,6 +114,7 @@ impl Driver {
         message: &Message,
         now: Instant,
     ) {
+        log::trace!("> {id} {}", message.brief());
         if let Link::Up(conn) = &mut self.link
             && let Err(e) = conn.send(lane, id, answer, message)
         {
@@ -124,6 +126,7 @@ impl Driver {
         self.link = Link::None;
         self.reads.clear();
         self.listings.clear();
+        self.cache.pending().take_back();
         // Answers of the old connection must not reach the new one.
         self.generation += 1;
     }

@@ -1,0 +1,319 @@
+//! Several mounts of one volume: who reads sees what was complete before, without waiting for any
+//! timer and without a sync, and who is alone asks nothing.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::fs::{self, OpenOptions, Permissions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::compare::assert_same;
+use common::tree;
+use common::{Disk, Mount, Server, run, wait_for};
+
+/// Mounts that ship by themselves only after a minute: what is seen earlier was recalled.
+const LAZY: &str = "age=60s";
+
+fn mounts<const N: usize>(server: &Server, disk: &Disk) -> [Mount; N] {
+    std::array::from_fn(|no| Mount::with(server.source(), &disk.dir(&format!("c{no}")), LAZY))
+}
+
+fn asked(mount: &Mount) -> u64 {
+    mount.status()["requests_foreground"].as_u64().unwrap()
+}
+
+/// Each row of the manual's table: what the other client sees, right after.
+#[test]
+fn what_is_complete_is_seen_by_who_looks_next() {
+    let Some(disk) = Disk::for_trees() else { return };
+    let server = Server::start(&disk);
+    let [a, b] = mounts(&server, &disk);
+    let say = |path: &Path| fs::read_to_string(path).unwrap();
+
+    fs::write(a.at("file"), "written and closed").unwrap();
+    assert_eq!(say(&b.at("file")), "written and closed");
+    assert_eq!(names(b.path()), ["file"]);
+
+    fs::write(b.at("file"), "by the other").unwrap();
+    assert_eq!(say(&a.at("file")), "by the other");
+
+    let mut open = OpenOptions::new().append(true).open(a.at("file")).unwrap();
+    open.write_all(b", appended").unwrap();
+    open.sync_all().unwrap();
+    assert_eq!(say(&b.at("file")), "by the other, appended", "after fsync");
+    open.write_all(b" again").unwrap();
+    drop(open);
+    assert_eq!(say(&b.at("file")), "by the other, appended again", "after close");
+
+    fs::rename(b.at("file"), b.at("renamed")).unwrap();
+    assert_eq!(names(a.path()), ["renamed"]);
+    assert!(fs::metadata(a.at("file")).is_err());
+
+    fs::set_permissions(a.at("renamed"), Permissions::from_mode(0o4711)).unwrap();
+    assert_eq!(fs::metadata(b.at("renamed")).unwrap().permissions().mode() & 0o7777, 0o4711);
+
+    fs::create_dir(b.at("dir")).unwrap();
+    fs::rename(b.at("renamed"), b.at("dir/file")).unwrap();
+    assert_eq!(names(&a.at("dir")), ["file"]);
+    fs::hard_link(a.at("dir/file"), a.at("second")).unwrap();
+    assert_eq!(say(&b.at("second")), "by the other, appended again");
+
+    fs::remove_file(b.at("dir/file")).unwrap();
+    assert!(names(&a.at("dir")).is_empty());
+    fs::remove_dir(a.at("dir")).unwrap();
+    assert!(fs::create_dir(b.at("dir/below")).is_err());
+    fs::remove_file(a.at("second")).unwrap();
+    assert!(names(b.path()).is_empty());
+
+    for mount in [&a, &b] {
+        mount.sync();
+        mount.no_conflicts();
+    }
+    assert!(names(server.dir()).is_empty());
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> =
+        entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.retain(|name| name != ".imz");
+    names.sort();
+    names
+}
+
+#[test]
+fn who_is_alone_asks_nothing() {
+    let Some(disk) = Disk::for_trees() else { return };
+    let original = tree::source(&disk);
+    let server = Server::start(&disk);
+    let a = Mount::start(&server, &disk, "a");
+    let work = |round: &str| {
+        let to = a.at(round);
+        let (from, to) = (original.to_str().unwrap(), to.to_str().unwrap());
+        run(&["cp", "-a", from, to]);
+        fs::write(a.at("hello.c"), "int main(void) { return 0; }").unwrap();
+        let program = a.at("hello");
+        run(&["gcc", "-o", program.to_str().unwrap(), a.at("hello.c").to_str().unwrap()]);
+        run(&[program.to_str().unwrap()]);
+        run(&["rm", "-r", to]);
+    };
+    work("first");
+    let before = asked(&a);
+    work("alone");
+    assert_eq!(asked(&a), before, "alone");
+
+    // Somebody else is there, and does nothing; the first change takes the root back from him.
+    let b = Mount::start(&server, &disk, "b");
+    assert!(b.is_connected());
+    std::thread::sleep(Duration::from_secs(3));
+    fs::write(a.at("permit"), "").unwrap();
+    wait_for("the permit for the volume", 10, || a.status()["permit"] == "write");
+    let before = asked(&a);
+    work("beside an idle one");
+    assert_eq!(asked(&a), before, "beside an idle one");
+    a.sync();
+    assert_same(a.path(), b.path());
+}
+
+#[test]
+fn a_file_goes_back_and_forth_in_three_round_trips() {
+    const TURNS: u64 = 100;
+    let Some(disk) = Disk::for_trees() else { return };
+    let server = Server::start(&disk);
+    let mounts: [Mount; 2] = mounts(&server, &disk);
+    let paths = mounts.each_ref().map(|mount| mount.at("ball"));
+    let count =
+        || -> u64 { mounts.iter().map(|mount| mount.status()["messages"].as_u64().unwrap()).sum() };
+    fs::write(&paths[0], "0").unwrap();
+    let turn = |no: u64| {
+        let path = &paths[(no % 2) as usize];
+        let seen: u64 = fs::read_to_string(path).unwrap().parse().unwrap();
+        assert_eq!(seen + 1, no, "what the other wrote");
+        fs::write(path, no.to_string()).unwrap();
+    };
+    (1..21).for_each(turn); // until they know each other
+    let (before, begun) = (count(), Instant::now());
+    (21..21 + TURNS).for_each(turn);
+    let (messages, took) = (count() - before, begun.elapsed());
+    let each = messages as f64 / TURNS as f64;
+    let rate = TURNS as f64 / took.as_secs_f64();
+    println!("{each:.2} messages a turn, {rate:.0} turns a second");
+    assert!(each <= 6.05, "{each} messages a turn"); // and a few pings
+}
+
+#[test]
+fn a_consumer_follows_a_file_that_another_appends_to() {
+    const LINES: usize = 300;
+    let Some(disk) = Disk::for_trees() else { return };
+    let server = Server::start(&disk);
+    let [a, b] = mounts(&server, &disk);
+    let (from, to) = (a.at("log"), b.at("log"));
+    fs::write(&from, "").unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for line in 0..LINES {
+                let mut file = OpenOptions::new().append(true).open(&from).unwrap();
+                writeln!(file, "line {line}").unwrap();
+            }
+        });
+        let (mut text, mut at) = (String::new(), 0);
+        let begun = Instant::now();
+        while text.lines().count() < LINES {
+            assert!(begun.elapsed() < Duration::from_secs(60), "stuck at {at}");
+            let mut file = fs::File::open(&to).unwrap();
+            file.seek(SeekFrom::Start(at)).unwrap();
+            at += file.read_to_string(&mut text).unwrap() as u64;
+            assert!(text.is_empty() || text.ends_with('\n'), "half a line");
+        }
+        let want: String = (0..LINES).map(|line| format!("line {line}\n")).collect();
+        assert_eq!(text, want);
+    });
+    a.no_conflicts();
+}
+
+#[test]
+fn make_builds_what_another_mount_edits() {
+    let Some(disk) = Disk::for_trees() else { return };
+    let server = Server::start(&disk);
+    let [a, b] = mounts(&server, &disk);
+    fs::write(b.at("Makefile"), "say: say.c value.h\n\tgcc -o say say.c\n").unwrap();
+    let source =
+        "#include <stdio.h>\n#include \"value.h\"\nint main(void) { printf(\"%d\", VALUE); }";
+    fs::write(b.at("say.c"), source).unwrap();
+    for value in 1..9 {
+        fs::write(b.at("value.h"), format!("#define VALUE {value}\n")).unwrap();
+        run(&["make", "-s", "-C", a.path().to_str().unwrap()]);
+        assert_eq!(run(&[a.at("say").to_str().unwrap()]), value.to_string());
+        assert_eq!(run(&[b.at("say").to_str().unwrap()]), value.to_string(), "in the other mount");
+    }
+    a.no_conflicts();
+    b.no_conflicts();
+}
+
+/// Deliveries as maildir(5) has them: write in tmp, rename to new; a reader moves them to cur.
+#[test]
+fn mail_is_delivered_from_three_mounts() {
+    const MAILS: usize = 60;
+    let Some(disk) = Disk::for_trees() else { return };
+    let server = Server::start(&disk);
+    let mounts: [Mount; 3] = mounts(&server, &disk);
+    for dir in ["tmp", "new", "cur"] {
+        fs::create_dir(mounts[0].at(dir)).unwrap();
+    }
+    let done = AtomicBool::new(false);
+    let mut read = Vec::new();
+    std::thread::scope(|scope| {
+        let senders: Vec<_> = mounts
+            .iter()
+            .enumerate()
+            .map(|(host, mount)| {
+                scope.spawn(move || {
+                    for mail in 0..MAILS {
+                        let name = format!("{mail}.host{host}");
+                        fs::write(mount.at(format!("tmp/{name}")), &name).unwrap();
+                        let (from, to) = (format!("tmp/{name}"), format!("new/{name}"));
+                        fs::rename(mount.at(from), mount.at(to)).unwrap();
+                    }
+                })
+            })
+            .collect();
+        let reader = scope.spawn(|| {
+            let mut seen = Vec::new();
+            loop {
+                let last = done.load(Ordering::SeqCst);
+                for name in names(&mounts[1].at("new")) {
+                    let text = fs::read_to_string(mounts[1].at(format!("new/{name}"))).unwrap();
+                    assert_eq!(text, name);
+                    let (from, to) = (format!("new/{name}"), format!("cur/{name}:2,S"));
+                    fs::rename(mounts[1].at(from), mounts[1].at(to)).unwrap();
+                    seen.push(name);
+                }
+                if last {
+                    return seen;
+                }
+            }
+        });
+        senders.into_iter().for_each(|sender| sender.join().unwrap());
+        done.store(true, Ordering::SeqCst);
+        read = reader.join().unwrap();
+    });
+    read.sort();
+    let mut want: Vec<String> =
+        (0..3).flat_map(|host| (0..MAILS).map(move |mail| format!("{mail}.host{host}"))).collect();
+    want.sort();
+    assert_eq!(read, want, "each once");
+    for mount in &mounts {
+        assert_eq!(names(&mount.at("cur")).len(), want.len());
+        assert!(names(&mount.at("tmp")).is_empty() && names(&mount.at("new")).is_empty());
+        mount.no_conflicts();
+    }
+}
+
+/// `IMZ_CREATES` makes it as many as one likes.
+#[test]
+fn two_mounts_fill_one_directory() {
+    let Some(disk) = Disk::new(2048) else { return };
+    let count = std::env::var("IMZ_CREATES").map_or(4_000, |n| n.parse().unwrap());
+    let server = Server::start(&disk);
+    let [a, b] = mounts(&server, &disk);
+    fs::create_dir(a.at("shared")).unwrap();
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        for (mount, name) in [(&a, "a"), (&b, "b")] {
+            scope.spawn(move || {
+                for no in 0..count / 2 {
+                    fs::write(mount.at(format!("shared/{name}{no}")), name).unwrap();
+                }
+            });
+        }
+    });
+    let rate = count as f64 / begun.elapsed().as_secs_f64();
+    println!("{rate:.0} creates a second");
+    for mount in [&a, &b] {
+        assert_eq!(names(&mount.at("shared")).len(), count / 2 * 2);
+    }
+    a.sync();
+    b.sync();
+    assert_same(a.path(), b.path());
+    assert_same(a.path(), server.dir());
+    a.no_conflicts();
+    b.no_conflicts();
+}
+
+#[test]
+fn who_is_stopped_delays_others_by_its_lease_and_nothing_else() {
+    let Some(disk) = Disk::for_trees() else { return };
+    let server = Server::start(&disk);
+    let [a, b, c] = mounts(&server, &disk);
+    fs::write(c.at("unrelated"), "c").unwrap();
+    assert_eq!(fs::read_to_string(b.at("unrelated")).unwrap(), "c");
+    fs::write(a.at("held"), "before").unwrap();
+    assert_eq!(fs::read_to_string(b.at("held")).unwrap(), "before");
+    fs::write(a.at("held"), "unshipped").unwrap();
+    a.freeze();
+
+    let begun = Instant::now();
+    fs::write(c.at("unrelated"), "c again").unwrap();
+    assert_eq!(fs::read_to_string(b.at("unrelated")).unwrap(), "c again");
+    assert!(begun.elapsed() < Duration::from_secs(5), "what it does not hold: {begun:?}");
+    let begun = Instant::now();
+    let read = fs::read_to_string(b.at("held")).unwrap();
+    let took = begun.elapsed();
+    println!("waited {took:?} for who was stopped");
+    assert!(took < Duration::from_secs(13), "{took:?}");
+    assert_eq!(read, "before", "what the server has");
+    let begun = Instant::now();
+    fs::write(b.at("after"), "").unwrap();
+    fs::write(c.at("held/.."), "").unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(5), "once is enough");
+
+    a.thaw();
+    wait_for("it to come back", 30, || a.is_connected());
+    a.sync();
+    assert_eq!(fs::read_to_string(b.at("held")).unwrap(), "unshipped", "nobody changed it since");
+}
