@@ -290,30 +290,43 @@ fn who_is_stopped_delays_others_by_its_lease_and_nothing_else() {
     let Some(disk) = Disk::for_trees() else { return };
     let server = Server::start(&disk);
     let [a, b, c] = mounts(&server, &disk);
-    fs::write(c.at("unrelated"), "c").unwrap();
-    assert_eq!(fs::read_to_string(b.at("unrelated")).unwrap(), "c");
-    fs::write(a.at("held"), "before").unwrap();
-    assert_eq!(fs::read_to_string(b.at("held")).unwrap(), "before");
-    fs::write(a.at("held"), "unshipped").unwrap();
+    // Each in a directory of his own: who holds a directory holds the way through it.
+    fs::create_dir(a.at("own")).unwrap();
+    fs::write(a.at("own/held"), "before").unwrap();
+    assert_eq!(fs::read_to_string(b.at("own/held")).unwrap(), "before");
+    fs::create_dir(c.at("apart")).unwrap();
+    fs::write(c.at("apart/file"), "c").unwrap();
+    assert_eq!(fs::read_to_string(b.at("apart/file")).unwrap(), "c");
+    fs::write(a.at("own/held"), "unshipped").unwrap();
+    assert!(a.pending() > 0);
     a.freeze();
 
     let begun = Instant::now();
-    fs::write(c.at("unrelated"), "c again").unwrap();
-    assert_eq!(fs::read_to_string(b.at("unrelated")).unwrap(), "c again");
-    assert!(begun.elapsed() < Duration::from_secs(5), "what it does not hold: {begun:?}");
+    fs::write(c.at("apart/file"), "c again").unwrap();
+    assert_eq!(fs::read_to_string(b.at("apart/file")).unwrap(), "c again");
+    fs::write(b.at("apart/file"), "b").unwrap();
+    assert_eq!(fs::read_to_string(c.at("apart/file")).unwrap(), "b");
+    assert!(
+        begun.elapsed() < Duration::from_secs(5),
+        "what it does not hold: {:?}",
+        begun.elapsed()
+    );
     let begun = Instant::now();
-    let read = fs::read_to_string(b.at("held")).unwrap();
+    let read = fs::read_to_string(b.at("own/held")).unwrap();
     let took = begun.elapsed();
     println!("waited {took:?} for who was stopped");
     assert!(took < Duration::from_secs(13), "{took:?}");
     assert_eq!(read, "before", "what the server has");
     let begun = Instant::now();
-    fs::write(b.at("after"), "").unwrap();
-    fs::write(c.at("held/.."), "").unwrap_err();
+    fs::write(b.at("own/after"), "").unwrap();
     assert!(begun.elapsed() < Duration::from_secs(5), "once is enough");
 
     a.thaw();
     wait_for("it to come back", 30, || a.is_connected());
     a.sync();
-    assert_eq!(fs::read_to_string(b.at("held")).unwrap(), "unshipped", "nobody changed it since");
+    assert_eq!(
+        fs::read_to_string(b.at("own/held")).unwrap(),
+        "unshipped",
+        "nobody changed it since"
+    );
 }
