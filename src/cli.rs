@@ -149,6 +149,12 @@ Mount options:
   timeout=DURATION   how long the server may be silent before it counts as away (default 10s)
   passthrough=auto   data of cached files goes past the daemon where the kernel allows it (default)
   passthrough=off    all data goes through the daemon
+  coherence=close-to-open
+                     who opens a file sees what was closed, synced or unlocked before (default)
+  coherence=strict   every read sees every write that has returned, also in files that are open;
+                     data goes through the daemon
+  coherence=session  for a machine that mostly has the volume to itself: it keeps its permits for
+                     as long as nobody else needs them, however long it rests
   suid, nosuid, dev, nodev, exec, noexec, atime, noatime
                      as in mount(8)
   defaults, auto, noauto, user, users, nofail, _netdev, relatime, x-* and the like

@@ -7,7 +7,7 @@ mod common;
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -329,4 +329,66 @@ fn who_is_stopped_delays_others_by_its_lease_and_nothing_else() {
         "unshipped",
         "nobody changed it since"
     );
+}
+
+#[test]
+fn strict_readers_see_every_write_that_has_returned() {
+    let Some(disk) = Disk::for_trees() else { return };
+    let server = Server::start(&disk);
+    let options = "age=60s,coherence=strict";
+    let [a, b]: [Mount; 2] = std::array::from_fn(|no| {
+        Mount::with(server.source(), &disk.dir(&format!("s{no}")), options)
+    });
+    fs::write(a.at("file"), "0").unwrap();
+    let open =
+        |mount: &Mount| OpenOptions::new().read(true).write(true).open(mount.at("file")).unwrap();
+    let files = [open(&a), open(&b)];
+    let mut bytes = [0; 8];
+    for no in 0..40usize {
+        let (writer, reader) = (&files[no % 2], &files[1 - no % 2]);
+        let text = format!("{no:08}");
+        writer.write_all_at(text.as_bytes(), 0).unwrap();
+        reader.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(std::str::from_utf8(&bytes), Ok(&text[..]), "nobody closed anything");
+        // what grows, and what is cut, is seen as well
+        writer.set_len(8 + no as u64).unwrap();
+        assert_eq!(reader.metadata().unwrap().len(), 8 + no as u64);
+    }
+    drop(files);
+    a.sync();
+    b.sync();
+    assert_same(a.path(), b.path());
+    a.no_conflicts();
+    b.no_conflicts();
+}
+
+#[test]
+fn git_works_in_turn_on_two_mounts() {
+    let Some(disk) = Disk::for_trees() else { return };
+    let server = Server::start(&disk);
+    let mounts: [Mount; 2] = mounts(&server, &disk);
+    let git = |mount: &Mount, words: &[&str]| {
+        let repo = mount.at("repo");
+        let mut all = vec!["git", "-C", repo.to_str().unwrap()];
+        all.extend(["-c", "user.name=imz", "-c", "user.email=imz@localhost"]);
+        all.extend(words);
+        run(&all)
+    };
+    fs::create_dir(mounts[0].at("repo")).unwrap();
+    git(&mounts[0], &["init", "-q"]);
+    for round in 0..8 {
+        let mount = &mounts[round % 2];
+        fs::write(mount.at(format!("repo/file{round}")), format!("round {round}")).unwrap();
+        fs::write(mount.at("repo/shared"), format!("round {round}")).unwrap();
+        git(mount, &["add", "-A"]);
+        git(mount, &["commit", "-q", "-m", &format!("round {round}")]);
+        let other = &mounts[1 - round % 2];
+        assert_eq!(git(other, &["status", "--porcelain"]), "", "round {round}");
+        assert_eq!(git(other, &["rev-list", "--count", "HEAD"]).trim(), (round + 1).to_string());
+        git(other, &["fsck", "--strict"]);
+    }
+    git(&mounts[1], &["gc", "-q"]);
+    assert_eq!(git(&mounts[0], &["status", "--porcelain"]), "");
+    git(&mounts[0], &["fsck", "--full", "--strict"]);
+    mounts.iter().for_each(Mount::no_conflicts);
 }

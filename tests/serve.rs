@@ -167,6 +167,7 @@ fn greeting(volume: &str, incarnation: u8) -> msg::Hello {
         volume_id: [0; 16],
         host: "test".into(),
         pending: Seq(0),
+        keeps: false,
     }
 }
 

@@ -242,6 +242,17 @@ pub enum Passthrough {
     Off,
 }
 
+/// What a client sees of what others do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Coherence {
+    /// what was complete before a file is opened
+    CloseToOpen,
+    /// every write that has returned
+    Strict,
+    /// as close-to-open; and the client's rights rest with it while it asks for nothing
+    Session,
+}
+
 /// One element of `-o`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum MountOption {
@@ -255,6 +266,7 @@ pub enum MountOption {
     Age(Duration),
     Timeout(Duration),
     Passthrough(Passthrough),
+    Coherence(Coherence),
     Cache(PathBuf),
     /// known, and no business of ours
     Ignored,
@@ -262,7 +274,7 @@ pub enum MountOption {
 
 /// What an error message lists.
 const KNOWN: &str = "ro, rw, sync, async, allow_other, cache=DIR, age=DURATION, timeout=DURATION, \
-                     passthrough=auto|off, suid, nosuid, dev, nodev, exec, noexec, atime, noatime";
+                     passthrough=auto|off, coherence=close-to-open|strict|session, suid, nosuid, dev, nodev, exec, noexec, atime, noatime";
 
 /// What mount(8) and fstab(5) pass and handle by themselves, or what changes nothing here.
 const IGNORED: [&str; 27] = [
@@ -310,7 +322,7 @@ impl MountOption {
             return Ok(MountOption::Ignored);
         }
         match (&*name, value) {
-            ("age" | "timeout" | "passthrough" | "cache", None) => {
+            ("age" | "timeout" | "passthrough" | "coherence" | "cache", None) => {
                 bad(format!("it needs a value: {name}=..."))
             }
             ("cache", Some([])) => bad("it needs a value: cache=DIR"),
@@ -332,6 +344,10 @@ impl MountOption {
             ("passthrough", "auto") => Ok(MountOption::Passthrough(Passthrough::Auto)),
             ("passthrough", "off") => Ok(MountOption::Passthrough(Passthrough::Off)),
             ("passthrough", _) => bad("passthrough is auto or off"),
+            ("coherence", "close-to-open") => Ok(MountOption::Coherence(Coherence::CloseToOpen)),
+            ("coherence", "strict") => Ok(MountOption::Coherence(Coherence::Strict)),
+            ("coherence", "session") => Ok(MountOption::Coherence(Coherence::Session)),
+            ("coherence", _) => bad("coherence is close-to-open, strict or session"),
             _ if MountOption::flag(name).is_ok() => bad(format!("{name} takes no value")),
             _ => bad(format!("unknown option {name}; known are {KNOWN}")),
         }
@@ -373,6 +389,7 @@ pub struct MountOptions {
     /// how long the server may be silent; never zero
     pub timeout: Duration,
     pub passthrough: Passthrough,
+    pub coherence: Coherence,
     pub cache: Option<PathBuf>,
 }
 
@@ -389,6 +406,7 @@ impl Default for MountOptions {
             age: Duration::from_secs(2),
             timeout: Duration::from_secs(10),
             passthrough: Passthrough::Auto,
+            coherence: Coherence::CloseToOpen,
             cache: None,
         }
     }
@@ -410,6 +428,7 @@ impl MountOptions {
                 MountOption::Age(it) => all.age = *it,
                 MountOption::Timeout(it) => all.timeout = *it,
                 MountOption::Passthrough(it) => all.passthrough = *it,
+                MountOption::Coherence(it) => all.coherence = *it,
                 MountOption::Cache(it) => all.cache = Some(it.clone()),
                 MountOption::Ignored => {}
             }

@@ -91,6 +91,8 @@ pub struct Who {
     /// zeros until the cache belongs to a volume
     pub volume_id: [u8; 16],
     pub host: String,
+    /// what it may do rests with it while it asks for nothing
+    pub keeps: bool,
 }
 
 /// How patient a client is.
@@ -507,6 +509,7 @@ impl Client {
             volume_id: self.who.volume_id,
             host: self.who.host.clone(),
             pending: self.shipper.settled(),
+            keeps: self.who.keeps,
         };
         self.line.ask(Ask::Hello, Some(now), hello.into());
     }

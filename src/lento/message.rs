@@ -146,6 +146,9 @@ pub struct Hello {
     /// the newest record of the client's journal
     #[n(6)]
     pub pending: Seq,
+    /// what it may do rests with it while it asks for nothing
+    #[n(7)]
+    pub keeps: bool,
 }
 
 #[derive(Encode, Decode, Clone, PartialEq, Debug)]

@@ -33,6 +33,8 @@ struct Holder {
     node: u32,
     rights: Rights,
     active_at: Instant,
+    /// what it may do is not taken from it only because it asks for nothing
+    keeps: bool,
     ghost: Option<Ghost>,
 }
 
@@ -161,7 +163,7 @@ impl Server {
 
     pub(super) fn on_permits_met(&mut self, conn: ConnId, pending: Seq, acked: Seq, now: Instant) {
         let Some(peer) = self.peers.get(&conn) else { return };
-        let (no, node) = (peer.volume, peer.node);
+        let (no, node, keeps) = (peer.volume, peer.node, peer.keeps);
         let permits = &mut self.volumes[no].permits;
         for holder in permits.holders.values_mut().filter(|holder| holder.node == node) {
             if let Some(ghost) = &mut holder.ghost {
@@ -169,7 +171,7 @@ impl Server {
             }
         }
         let rights = Rights::default();
-        permits.holders.insert(conn, Holder { node, rights, active_at: now, ghost: None });
+        permits.holders.insert(conn, Holder { node, rights, active_at: now, keeps, ghost: None });
         self.has_come(no, node, acked, now);
     }
     /// Everything of this node up to here is in the tree: its ghosts may go.
@@ -253,6 +255,7 @@ impl Server {
         let (alone, written) = others.fold((true, false), |(alone, written), (conn, holder)| {
             (alone && free(conn, holder), written || holder.rights.any_write())
         });
+        let alone = alone && volume.permits.queue.is_empty();
         let mode = policy::first_right(alone, written, volume.permits.holders.len());
         // Before the history is read: what comes after it is broken to the client.
         self.set_volume(no, conn, mode);
@@ -450,7 +453,7 @@ impl Server {
         blockers.iter().all(|(conn, ..)| {
             holders.get(conn).is_none_or(|holder| {
                 let idle = now.saturating_duration_since(holder.active_at);
-                holder.ghost.is_none() && idle >= policy::IDLE
+                holder.ghost.is_none() && !holder.keeps && idle >= policy::IDLE
             })
         })
     }
@@ -602,3 +605,6 @@ impl Server {
 pub(super) fn lease_end(heard_at: Instant, lease: Duration) -> Instant {
     heard_at + lease
 }
+
+#[cfg(test)]
+mod tests;

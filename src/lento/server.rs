@@ -151,6 +151,7 @@ pub(super) struct Peer {
     hello_id: u64,
     /// the newest record of its journal when it came
     pending: Seq,
+    pub(super) keeps: bool,
     pub(super) volume: VolumeNo,
     pub(super) node: u32,
     /// the newest record that is in the tree, though perhaps not durably
@@ -257,6 +258,7 @@ impl Server {
             host: String::new(),
             hello_id: 0,
             pending: Seq(0),
+            keeps: false,
             volume: 0,
             node: 0,
             applied: Seq(0),
@@ -377,7 +379,7 @@ impl Server {
                 peer.state = State::Asked;
                 peer.volume = volume;
                 peer.host.clone_from(&hello.host);
-                peer.pending = hello.pending;
+                (peer.pending, peer.keeps) = (hello.pending, hello.keeps);
                 self.effects.push_back(Effect::Meet { conn, volume, hello });
             }
             (Some((code, what)), _, _) => self.refuse(conn, code, what, now),

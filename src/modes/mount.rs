@@ -17,7 +17,7 @@ use anyhow::Context;
 
 use super::{Exit, Failure, exit_code, fail};
 use crate::cli::MountArgs;
-use crate::cli::options::{MountOptions, Passthrough, Source};
+use crate::cli::options::{Coherence, MountOptions, Passthrough, Source};
 use crate::lento::rights::Held;
 use crate::net::client::{self, Handle, Peer};
 use crate::net::control;
@@ -189,7 +189,9 @@ impl Running {
         let (notify, kernel) = wire::notifier()?;
         let (age, host) = (settings.age, sys::daemon::host_name());
         let rights = Arc::new(Held::default());
-        let options = client::Options { age, host, rights: rights.clone() };
+        let keeps = settings.coherence == Coherence::Session;
+        let strict = settings.coherence == Coherence::Strict;
+        let options = client::Options { age, host, rights: rights.clone(), keeps };
         let handle = client::start(opened.cache.clone(), peer, options, notify)?;
         handle.set_timeout(settings.timeout);
         wire::meet(&handle, (place, &opened.cache), &args.source, settings.timeout)?;
@@ -200,10 +202,20 @@ impl Running {
             files: Default::default(),
             writers: opened.writers,
             mapped: Default::default(),
-            passthrough: (settings.passthrough == Passthrough::Auto).into(),
+            // what the kernel writes by itself cannot be told at once
+            passthrough: (settings.passthrough == Passthrough::Auto && !strict).into(),
+            strict,
             forgets_names: false.into(),
         });
         cache::store_what_was_open(&filter)?;
+        if strict {
+            let saves = Arc::downgrade(&filter);
+            filter.cache.connect_saver(Box::new(move |fids| {
+                if let Some(filter) = saves.upgrade() {
+                    filter.save_written(fids);
+                }
+            }));
+        }
         let mounted = fuse::mount(filter.clone(), &mountpoint, &fuse_options(args, settings))
             .with_context(|| format!("mounting on {}", mountpoint.display()))?;
         kernel.connect(mounted.kernel()?);

@@ -61,11 +61,13 @@ pub struct Options {
     pub host: String,
     /// what may be done without asking, as the loop knows it
     pub rights: Arc<Held>,
+    /// rights are kept while the mount rests
+    pub keeps: bool,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { age: policy::AGE, host: String::new(), rights: Arc::default() }
+        Options { age: policy::AGE, host: String::new(), rights: Arc::default(), keeps: false }
     }
 }
 

@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use super::filter::{Filter, Result, Spot, Stop, done, missing};
 use super::open::{Closed, Mark, Open, Way, open_backing};
 use crate::kml::record::{Fid, Op, Range, Stamp, Time};
+use crate::lento::rights::Mode;
 use crate::replica::hydrate::CAPABILITY;
 use crate::sys::Errno;
 use crate::sys::cred::Caller;
@@ -173,7 +174,29 @@ impl Filter {
         missing(&meta, at, len).map_or(Ok(()), Err)
     }
 
+    /// Journals what was written so far to these files, or to all: others need them. What was done
+    /// under a permit that is being let go is done.
+    pub fn save_written(&self, fids: &[Fid]) {
+        for open in self.files.written() {
+            if (fids.is_empty() || fids.contains(&open.fid))
+                && let Err(e) = done(|| self.store(&open))
+            {
+                log::warn!("{}: what was written is not journaled yet: {e:?}", open.fid);
+            }
+        }
+    }
+
+    /// In strict mode each access needs its right, not only the opening of the file.
+    fn admit(&self, open: &Open, mode: Mode) -> Result<()> {
+        match mode {
+            _ if !self.strict => Ok(()),
+            Mode::Write => self.permitted([open.fid].into_iter()),
+            _ => self.here(open.fid).map(drop),
+        }
+    }
+
     pub fn read(&self, open: &Open, at: u64, len: u32) -> Result<Vec<u8>> {
+        self.admit(open, Mode::Read)?;
         self.bytes_here(open, at, len.into())?;
         let mut bytes = vec![0; len as usize];
         let mut filled = 0;
@@ -191,6 +214,8 @@ impl Filter {
     pub fn write(&self, by: Caller, open: &Open, at: u64, bytes: &[u8], kill: bool) -> Result<u32> {
         let end = at.checked_add(bytes.len() as u64).ok_or(Errno::FBIG)?;
         let _object = self.cache.tree.lock_objects(&[open.fid]);
+        self.admit(open, Mode::Read)?;
+        self.admit(open, Mode::Write)?;
         self.bytes_here(open, at, end - at)?;
         if kill {
             self.drop_set_id(by, open.fid)?;
@@ -203,6 +228,8 @@ impl Filter {
     pub fn fallocate(&self, open: &Open, mode: u32, at: u64, len: u64) -> Result<()> {
         // Holes, zeros and shifts change bytes that must be here to be kept right.
         let _object = self.cache.tree.lock_objects(&[open.fid]);
+        self.admit(open, Mode::Read)?;
+        self.admit(open, Mode::Write)?;
         self.bytes_here(open, 0, u64::MAX)?;
         fs::fallocate(&open.fd, mode, at, len)?;
         open.wrote(at, len);
@@ -224,6 +251,9 @@ impl Filter {
 
     pub fn copy_range(&self, from: (&Open, u64), to: (&Open, u64), len: u64) -> Result<u32> {
         let _objects = self.cache.tree.lock_objects(&[from.0.fid, to.0.fid]);
+        self.admit(from.0, Mode::Read)?;
+        self.admit(to.0, Mode::Read)?;
+        self.admit(to.0, Mode::Write)?;
         self.bytes_here(from.0, from.1, len)?;
         self.bytes_here(to.0, to.1, len)?;
         let len = len.min(1 << 30) as usize;

@@ -113,6 +113,8 @@ pub struct Filter {
     pub mapped: Mapped,
     /// data may move without the daemon
     pub passthrough: AtomicBool,
+    /// a write counts when it returns, not when the file is closed
+    pub strict: bool,
     /// the kernel can be told to look up all names again; else it keeps none
     pub forgets_names: AtomicBool,
 }

@@ -77,6 +77,9 @@ pub trait Written: Send + Sync {
     fn taken_over(&self);
 }
 
+/// Journals what was written to these files so far; to all, if none is named.
+pub type Saver = Box<dyn Fn(&[Fid]) + Send + Sync>;
+
 /// By what a change of a file shows: size and time.
 pub type Seen = (u64, (i64, u32));
 
@@ -92,6 +95,7 @@ pub struct Cache {
     pub bell: Bell,
     /// files that are open for writing, by how many
     writing: Mutex<Writing>,
+    saver: OnceLock<Saver>,
     /// files that somebody may write to unseen, and how they were when they were last looked at
     watched: Mutex<HashMap<Fid, Seen>>,
     /// of those that are open, what the server has new contents of
@@ -131,6 +135,7 @@ impl Cache {
             bell: Bell::default(),
             writing: Mutex::default(),
             given: Mutex::default(),
+            saver: OnceLock::new(),
             watched: Mutex::default(),
             wanted: Mutex::default(),
             online: AtomicBool::new(false),
@@ -181,6 +186,17 @@ impl Cache {
     /// Whether something was written that is not journaled yet: it stays as it is here.
     pub fn is_unsaved(&self, fid: Fid) -> bool {
         self.written(fid).is_some_and(|file| file.is_unsaved())
+    }
+    /// Sets, once, what journals writes that nobody has closed yet, where they count at once.
+    pub fn connect_saver(&self, saver: Saver) {
+        // A second filter on one cache would be a fault of the caller; the first one stays.
+        let _ = self.saver.set(saver);
+    }
+    /// Others need these files, or all: what was written so far is journaled, if it counts.
+    pub fn save_written(&self, fids: &[Fid]) {
+        if let Some(saver) = self.saver.get() {
+            saver(fids);
+        }
     }
     /// Remembers how the file looks, until [`Cache::end_watching`].
     pub fn watch(&self, fid: Fid, seen: Seen) {

@@ -13,7 +13,7 @@ struct Rig {
 
 fn who() -> Who {
     let (incarnation, volume_id) = ([1; 16], [2; 16]);
-    Who { volume: "v".into(), incarnation, node: 3, volume_id, host: "h".into() }
+    Who { volume: "v".into(), incarnation, node: 3, volume_id, host: "h".into(), keeps: false }
 }
 
 fn object(fid: Fid) -> Object {

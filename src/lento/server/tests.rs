@@ -29,6 +29,7 @@ fn hello(volume: &str) -> Hello {
         volume_id: [0; 16],
         host: "h".into(),
         pending: Seq(0),
+        keeps: false,
     }
 }
 

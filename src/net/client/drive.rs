@@ -99,6 +99,7 @@ impl Driver {
             node: facts.node,
             volume_id: facts.volume_id().to_be_bytes(),
             host: options.host,
+            keeps: options.keeps,
         };
         let (acked, current) = (cache.acked(), cache.current_stamp());
         // Any number does: clients differ in their incarnation, and attempts in their time.
@@ -452,6 +453,7 @@ impl Driver {
         });
         // Whoever works by the old rights has journaled it when this returns.
         self.cache.tree.barrier();
+        self.cache.save_written(fids);
         self.look_at = Some(now);
         self.look_at_journal(now);
         let acked = self.machine.acked();
