@@ -11,11 +11,12 @@
 //!
 //! A client that is cut off keeps its rights for its lease, as a *ghost*: counted from when it was
 //! last heard, for by then it knows itself that it is away. Its next connection ends the ghost as
-//! soon as all that it had changed is here, and a farewell at once. Who does not let go in that
+//! soon as all that it had changed is here, and a farewell at once. A server that starts again has
+//! a ghost of each client that it had. Who does not let go in that
 //! time loses the connection. What it then still ships is certified (replica's matter).
 //! Source: the token servers of DFS and Calypso; leases by Gray and Cheriton.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::message::{Break, Code, FIDS_MAX, Granted, Message, Recall, Released, Since};
@@ -81,6 +82,8 @@ pub(super) struct Permits {
     queue: VecDeque<Waiting>,
     /// what is being let go; `None`: the whole volume
     underway: HashSet<(ConnId, Option<Fid>)>,
+    /// nodes with rights, as the next life was told
+    live: BTreeSet<u32>,
 }
 
 /// Recalls of all volumes, by connection and request.
@@ -161,6 +164,32 @@ impl Server {
         }
     }
 
+    /// Nobody knows what they might do: anything.
+    pub(super) fn revive(&mut self, no: VolumeNo, nodes: &[u32], until: Instant) {
+        let permits = &mut self.volumes[no].permits;
+        for (at, node) in (0..).zip(nodes) {
+            let mut rights = Rights::default();
+            rights.set_volume(Mode::Write);
+            let ghost = Some(Ghost { until, upto: None });
+            // No connection will ever have such a number.
+            let conn = ConnId(u32::MAX - 1 - at);
+            let (node, keeps) = (*node, false);
+            let holder = Holder { node, rights, active_at: until, keeps, ghost };
+            permits.holders.insert(conn, holder);
+        }
+        permits.live = nodes.iter().copied().collect();
+    }
+    /// Has the next life told who has rights in this one.
+    fn keep_live(&mut self, no: VolumeNo) {
+        let permits = &mut self.volumes[no].permits;
+        let live: BTreeSet<u32> = permits.holders.values().map(|holder| holder.node).collect();
+        if live != permits.live {
+            let nodes = live.iter().copied().collect();
+            permits.live = live;
+            self.effects.push_back(Effect::Live { volume: no, nodes });
+        }
+    }
+
     pub(super) fn on_permits_met(&mut self, conn: ConnId, pending: Seq, acked: Seq, now: Instant) {
         let Some(peer) = self.peers.get(&conn) else { return };
         let (no, node, keeps) = (peer.volume, peer.node, peer.keeps);
@@ -172,6 +201,7 @@ impl Server {
         }
         let rights = Rights::default();
         permits.holders.insert(conn, Holder { node, rights, active_at: now, keeps, ghost: None });
+        self.keep_live(no);
         self.has_come(no, node, acked, now);
     }
     /// Everything of this node up to here is in the tree: its ghosts may go.
@@ -194,6 +224,7 @@ impl Server {
             !over
         });
         if any {
+            self.keep_live(no);
             self.pump(no, now);
         }
     }
@@ -220,6 +251,7 @@ impl Server {
                 volume.promises.forget(conn);
             }
         }
+        self.keep_live(no);
         self.pump(no, now);
     }
     /// The client leaves, and lets everything go.

@@ -110,6 +110,8 @@ pub enum Effect {
     Unspool { volume: VolumeNo, key: Key },
     /// apply these records of a node, in order; `on_applied` follows
     Apply { volume: VolumeNo, ticket: Ticket, node: u32, upto: Seq, changes: Vec<Change> },
+    /// keep these nodes' numbers for the next life: they may have rights
+    Live { volume: VolumeNo, nodes: Vec<u32> },
     /// make durable what was applied so far; `on_synced` follows
     Sync { volume: VolumeNo },
 }
@@ -227,6 +229,11 @@ impl Server {
             parked: Parked::default(),
         });
         self.volumes.len() - 1
+    }
+    /// In the life before, these nodes had rights: until they are back with all that they changed, or
+    /// their lease is over, they are waited for.
+    pub fn expect_back(&mut self, volume: VolumeNo, nodes: &[u32], now: Instant) {
+        self.revive(volume, nodes, now + self.settings.silence_max);
     }
     /// The next thing to do.
     pub fn poll(&mut self) -> Option<Effect> {

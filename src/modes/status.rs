@@ -210,6 +210,7 @@ mod tests {
   cache       5 B clean, 0 B dirty, in /var/lib/imz/x
   journal     0 B
   conflicts   none
+  permit      asked for object by object
   process     7, imz 0.1.0, passthrough
 ";
         assert_eq!(render(&sample(), now), want);

@@ -143,7 +143,8 @@ impl Server {
             let at = |source| ServerError::Volume { path: export.dir.clone(), source };
             let volume =
                 Volume::open(&export.dir, export.state.as_deref(), &export.name).map_err(at)?;
-            machine.add_volume(volume.name(), volume.id(), volume.stamp());
+            let no = machine.add_volume(volume.name(), volume.id(), volume.stamp());
+            machine.expect_back(no, &volume.live(), Instant::now());
             volumes.push(volume);
         }
         let (jobs, todo) = unbounded();
@@ -437,6 +438,7 @@ impl Server {
                     }
                     self.machine.on_applied(ticket, volume, applied, now);
                 }
+                Effect::Live { volume, nodes } => self.volumes[volume].keep_live(&nodes),
                 Effect::Sync { volume } => {
                     let job = self.volumes[volume].sync_job();
                     if self.jobs.send((volume, job)).is_err() {

@@ -22,6 +22,7 @@ pub mod pending;
 pub mod apply;
 mod certify;
 mod conflict;
+mod live;
 mod nodes;
 mod redo;
 mod spool;

@@ -18,6 +18,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::live::Live;
 use super::meta::Meta;
 use super::nodes::Nodes;
 use super::ops::attr_of;
@@ -143,6 +144,7 @@ pub struct Volume {
     pub(super) state: State,
     pub(super) nodes: Nodes,
     pub(super) spool: Spool,
+    live: Live,
     /// directories whose entries were changed, by whom and at which stamp: set once a batch
     pub(super) touched: HashMap<Fid, (u32, Stamp)>,
     pub(super) conflicts: u64,
@@ -221,6 +223,7 @@ impl Volume {
             nodes: Nodes::open(state_dir)?,
             state,
             spool,
+            live: Live::of(state_dir),
             touched: HashMap::new(),
             conflicts: 0,
             syncing: Vec::new(),
@@ -303,6 +306,15 @@ impl Volume {
         let stamp = SyncJob { tree: self.tree.clone(), log: self.log.clone() }.run()?;
         self.nodes.keep(marks);
         Ok(self.nodes.save(Seq(stamp.0))?)
+    }
+    /// Clients that may still think that they may read and change.
+    pub fn live(&self) -> Vec<u32> {
+        self.live.read()
+    }
+    pub fn keep_live(&self, nodes: &[u32]) {
+        if let Err(e) = self.live.keep(nodes) {
+            log::warn!("{}: a restart would not wait for its clients: {e}", self.dir.display());
+        }
     }
     /// Keeps a piece of a content that is on its way in.
     ///

@@ -58,7 +58,13 @@ impl Rig {
     /// All but what is said about rights.
     fn effects(&mut self) -> Vec<Effect> {
         let about_rights = |e: &Effect| {
-            matches!(e, Effect::SetVolume { .. } | Effect::Raise { .. } | Effect::Lower { .. })
+            matches!(
+                e,
+                Effect::SetVolume { .. }
+                    | Effect::Raise { .. }
+                    | Effect::SetModes { .. }
+                    | Effect::Lower { .. }
+            )
         };
         self.all_effects().into_iter().filter(|e| !about_rights(e)).collect()
     }

@@ -356,3 +356,18 @@ fn who_keeps_its_rights_loses_none_by_resting() {
     assert!(rig.recalls(ConnId(KEEPER)).is_empty());
     assert_eq!(rig.mode(ConnId(KEEPER), D), Mode::Read);
 }
+
+#[test]
+fn a_server_that_starts_again_waits_for_whom_it_had() {
+    let mut rig = Rig::with(&[]);
+    rig.server.expect_back(0, &[1, 2], rig.now);
+    rig.join(C, 3, Seq(0));
+    assert_eq!(rig.mode(C, F), Mode::None);
+    let id = rig.stat(C, F);
+    rig.join(A, 1, Seq(4));
+    rig.server.has_come(0, 1, Seq(4), rig.now);
+    rig.turn();
+    assert!(!rig.answered(id), "the other is still away");
+    rig.pass(LEASE, &[A, C]);
+    assert!(rig.answered(id));
+}

@@ -66,7 +66,8 @@ impl Rig {
     fn take(&mut self) -> Vec<Effect> {
         while let Some(effect) = self.server.poll() {
             let ping = matches!(&effect, Effect::Send { message: Message::Ping(_), .. });
-            if !ping {
+            let live = matches!(&effect, Effect::Live { .. });
+            if !ping && !live {
                 self.done.push(effect);
             }
         }

@@ -365,7 +365,13 @@ impl Driver {
                 let mut held = self.shared.space.lock().unwrap_or_else(|e| e.into_inner());
                 held.0 = space;
             }
-            Effect::SetOnline(online) => self.set_online(online),
+            Effect::SetOnline(online) => {
+                self.set_online(online);
+                // What it was given while the server was away is no better than the rest.
+                if online && self.shared.rights.edit(|rights| rights.volume()) == Mode::None {
+                    self.forget_all(Box::new(|| ()));
+                }
+            }
             Effect::SaveCurrent(_) => self.keep(now),
         }
     }
@@ -472,10 +478,7 @@ impl Driver {
         let (shared, generation) = (self.shared.clone(), self.generation);
         let done = Box::new(move || shared.tell(In::Told { generation, recall_id }));
         if fids.is_empty() && mode == Mode::None {
-            let given = self.cache.take_given().into_iter();
-            let object = |fid| Notice::Object { fid, dir: false };
-            let notices = given.map(object).chain([Notice::All]).collect();
-            return self.notify(notices, done);
+            return self.forget_all(done);
         }
         let (notices, marked) = hydrate::mark_stale(&self.cache, &gone);
         if let Err(e) = marked {
@@ -483,6 +486,13 @@ impl Driver {
             self.bump_epoch();
         }
         self.notify(notices, done);
+    }
+
+    /// The kernel forgets everything: what is here has to be asked for.
+    fn forget_all(&mut self, done: Box<dyn FnOnce() + Send>) {
+        let given = self.cache.take_given().into_iter();
+        let object = |fid| Notice::Object { fid, dir: false };
+        self.notify(given.map(object).chain([Notice::All]).collect(), done);
     }
 
     fn bump_epoch(&mut self) {
