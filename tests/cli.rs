@@ -59,7 +59,7 @@ fn page(name: &str, command: clap::Command) -> Vec<u8> {
     }
     page.extend_from_slice(roff(&after).as_bytes());
     let others = "imz(1), imz-serve(1), imz-mount(1), imz-umount(1), imz-sync(1), imz-status(1), \
-                  imz-kml-dump(1), imz-kml(5)";
+                  imz-kml-dump(1), imz-kml(5), imz-coherence(7)";
     let others: Vec<&str> = others.split(", ").filter(|it| *it != format!("{name}(1)")).collect();
     page.extend_from_slice(roff(&format!("See also:\n\n{}\n", others.join(", "))).as_bytes());
     page
@@ -110,7 +110,7 @@ fn checked_in(dir: &Path) -> Files {
         (name, std::fs::read(path).unwrap())
     };
     let files = std::fs::read_dir(dir).unwrap().map(read);
-    files.filter(|(name, _)| !name.ends_with(".5")).collect()
+    files.filter(|(name, _)| !name.ends_with(".5") && !name.ends_with(".7")).collect()
 }
 
 fn agree(dir: &str, generated: &Files) {

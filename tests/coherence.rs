@@ -392,3 +392,16 @@ fn git_works_in_turn_on_two_mounts() {
     git(&mounts[0], &["fsck", "--full", "--strict"]);
     mounts.iter().for_each(Mount::no_conflicts);
 }
+
+/// Every row of the manual's table names a test of this file.
+#[test]
+fn each_row_of_the_manual_has_its_test() {
+    let manual = include_str!("../man/imz-coherence.7");
+    let table = manual.split(".\\\" TS").nth(1).unwrap().split(".\\\" TE").next().unwrap();
+    let rows: Vec<&str> = table.lines().filter_map(|line| line.split('\t').nth(3)).collect();
+    assert!(rows.len() > 8, "{rows:?}");
+    let tests = include_str!("coherence.rs");
+    for test in rows.iter().filter(|row| **row != "test") {
+        assert!(tests.contains(&format!("\nfn {test}()")), "{test}");
+    }
+}
