@@ -4,6 +4,7 @@
 pub mod client;
 mod fetch;
 pub mod intake;
+pub mod locks;
 pub mod message;
 mod permits;
 pub mod policy;

@@ -18,6 +18,7 @@ use crate::kml::codec::Outcome;
 use crate::kml::log::LogError;
 use crate::kml::record::{Fid, Name, Op, Origin, Place, ROOT, Record, Seq, Time};
 use crate::kml::writers::Writers;
+use crate::lento::locks::{LockAsk, LockHeld};
 use crate::lento::message::Space;
 use crate::lento::rights::{self, Held, Mode};
 use crate::replica::cache::Cache;
@@ -99,7 +100,16 @@ pub trait Lento: Send + Sync {
     fn when_acked(&self, seq: Seq, done: Box<dyn FnOnce(std::result::Result<(), Errno>) + Send>);
     /// The volume's room as last heard; does not wait.
     fn space(&self) -> Space;
+    /// Asks for a lock, its end, or who holds it. `done` is called exactly once, on whatever
+    /// thread: with `Some` only for a test, for who is in the way. The number is for `cancel`.
+    fn lock(&self, ask: LockAsk, done: LockDone) -> u64;
+    /// Ends the wait for a lock: its `done` hears `EINTR`, unless it was called already, or the
+    /// lock is granted at this moment.
+    fn cancel(&self, waiting: u64);
 }
+
+/// What is called when a lock was granted or refused, or the question after it answered.
+pub type LockDone = Box<dyn FnOnce(std::result::Result<Option<LockHeld>, Errno>) + Send>;
 
 /// The filter of one mount.
 pub struct Filter {

@@ -10,12 +10,13 @@ use crate::cli::MountArgs;
 use crate::cli::options::Source;
 use crate::kml::record::{ROOT, Seq};
 use crate::lento::client::Unmet;
+use crate::lento::locks::LockAsk;
 use crate::lento::message::Space;
 use crate::lento::rights::Mode;
 use crate::modes::{Exit, Failure};
 use crate::net::client::{self, FirstContact, Handle, Notify};
 use crate::net::control::{Answer, Status};
-use crate::presto::filter::{Filter, Lento, Want};
+use crate::presto::filter::{Filter, Lento, LockDone, Want};
 use crate::presto::fuse::Kernel;
 use crate::replica::cache::Cache;
 use crate::replica::hydrate::Notice;
@@ -42,6 +43,14 @@ impl Lento for Way {
     fn space(&self) -> Space {
         self.0.space()
     }
+
+    // The kernel keeps locks itself, and asks for none.
+    fn lock(&self, _: LockAsk, done: LockDone) -> u64 {
+        done(Err(Errno::NOLCK));
+        0
+    }
+
+    fn cancel(&self, _: u64) {}
 }
 
 /// What an application gets when its want is not met.
