@@ -11,8 +11,7 @@ const STEPS: [&[&str]; 6] =
 /// Pairs of one step that may name each other nevertheless: none but these.
 const ALSO: [(&str, &str); 1] = [("modes", "cli")];
 /// Crates and the only places whose sources may name them.
-const DOORS: [(&str, &[&str]); 8] = [
-    ("fuser", &["src/presto/fuse.rs"]),
+const DOORS: [(&str, &[&str]); 7] = [
     ("mio", &["src/net/poll.rs"]),
     ("signal_hook", &["src/net/poll.rs"]),
     ("memmap2", &["src/kml/map.rs"]),

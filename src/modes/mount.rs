@@ -22,8 +22,8 @@ use crate::lento::rights::Held;
 use crate::net::client::{self, Handle, Peer};
 use crate::net::control;
 use crate::net::server::{self, Server};
+use crate::presto::device;
 use crate::presto::filter::Filter;
-use crate::presto::fuse;
 use crate::sys::daemon::{self, Forked, Signals, Teller};
 use crate::sys::{self, cred};
 
@@ -216,9 +216,9 @@ impl Running {
                 }
             }));
         }
-        let mounted = fuse::mount(filter.clone(), &mountpoint, &fuse_options(args, settings))
+        let mounted = device::mount(filter.clone(), &mountpoint, &fuse_options(args, settings))
             .with_context(|| format!("mounting on {}", mountpoint.display()))?;
-        kernel.connect(mounted.kernel()?);
+        kernel.connect(mounted.kernel());
         let (tell, events) = channel();
         let control = {
             let answer = wire::Told::new(&filter, &handle, args, place, {
@@ -267,7 +267,11 @@ impl Running {
 }
 
 /// Starts the threads that answer the kernel and wait for signals.
-fn watch(mounted: fuse::Mounted, mut signals: Signals, tell: &Sender<Event>) -> anyhow::Result<()> {
+fn watch(
+    mounted: device::Mounted,
+    mut signals: Signals,
+    tell: &Sender<Event>,
+) -> anyhow::Result<()> {
     let ended = tell.clone();
     std::thread::Builder::new().name("fuse".into()).spawn(move || {
         if let Err(e) = mounted.run() {
@@ -297,7 +301,7 @@ fn watch_mapped(filter: &Arc<Filter>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn fuse_options(args: &MountArgs, settings: &MountOptions) -> fuse::Options {
+fn fuse_options(args: &MountArgs, settings: &MountOptions) -> device::Options {
     let mut flags = Vec::new();
     for (allowed, flag) in [
         (settings.suid, "nosuid"),
@@ -309,12 +313,13 @@ fn fuse_options(args: &MountArgs, settings: &MountOptions) -> fuse::Options {
             flags.push(flag.to_owned());
         }
     }
-    fuse::Options {
+    device::Options {
         source: args.source.to_string(),
         read_only: settings.read_only,
         allow_other: settings.allow_other || cred::is_root(),
         sync: settings.sync,
         flags,
         threads: THREADS,
+        locks: false,
     }
 }

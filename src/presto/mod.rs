@@ -2,13 +2,17 @@
 //! change of the local tree with a journal record, and is answered at once.
 //!
 //! ```text
-//!  fuse.rs    unpack, call, reply: the only file that names fuser
-//!  filter.rs  what all operations share: is it here? who asks? how is a change journaled?
-//!  names.rs   operations on entries of directories
-//!  attrs.rs   operations on attributes
-//!  files.rs   operations on open files
-//!  open.rs    the table of open files
-//!  mapped.rs  files that are closed, and written to through mappings
+//!  device.rs   the mount, and the threads that read requests from /dev/fuse
+//!  abi.rs      the bytes of requests and replies
+//!  adapter.rs  has an operation run, again after a miss, and sees to its one answer
+//!  parked.rs   requests that wait, and interrupts
+//!  answer.rs   what each operation does: unpack, call, encode
+//!  filter.rs   what all operations share: is it here? who asks? how is a change journaled?
+//!  names.rs    operations on entries of directories
+//!  attrs.rs    operations on attributes
+//!  files.rs    operations on open files
+//!  open.rs     the table of open files
+//!  mapped.rs   files that are closed, and written to through mappings
 //! ```
 //!
 //! An operation is a plain function that either ends or stops with a [`filter::Stop`]: an errno,
@@ -16,10 +20,14 @@
 //! the operation again. No thread waits meanwhile. Absent on purpose: sockets, and decisions about
 //! what to fetch.
 
+pub mod abi;
+pub mod adapter;
+mod answer;
 pub mod attrs;
+pub mod device;
 pub mod files;
 pub mod filter;
-pub mod fuse;
 pub mod mapped;
 pub mod names;
 pub mod open;
+pub mod parked;

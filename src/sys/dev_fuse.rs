@@ -1,11 +1,13 @@
-//! Mounting a FUSE file system as root, without a helper program.
+//! /dev/fuse: mounting as root without a helper program, reading requests, writing answers.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
+
+use super::Errno;
 
 /// The `whence` of lseek(2) that looks for a hole.
 pub const SEEK_HOLE: i32 = libc::SEEK_HOLE;
@@ -50,16 +52,49 @@ pub fn mount(
     Ok(rustix::mount::mount(source, at, "fuse.imz", bits, data)?)
 }
 
-/// Tells the kernel to look up every name of the file system again when it is next used. An error
-/// where the kernel does not know this (before Linux 6.16).
-pub fn next_epoch(dev: impl AsFd) -> io::Result<()> {
-    const FUSE_NOTIFY_INC_EPOCH: u32 = 8;
-    // struct fuse_out_header: length, code, and a unique id of 0 for a notification
-    let mut header = [0; 16];
-    header[..4].copy_from_slice(&16u32.to_ne_bytes());
-    header[4..8].copy_from_slice(&FUSE_NOTIFY_INC_EPOCH.to_ne_bytes());
-    rustix::io::write(dev, &header)?;
-    Ok(())
+/// `_IOR(229, 0, u32)`: makes a new descriptor one more of the session.
+const IOC_CLONE: libc::c_ulong = 0x8004_e500;
+/// `_IOW(229, 1, struct fuse_backing_map)`
+const IOC_BACKING_OPEN: libc::c_ulong = 0x4010_e501;
+/// `_IOW(229, 2, u32)`
+const IOC_BACKING_CLOSE: libc::c_ulong = 0x4004_e502;
+
+/// A further descriptor of the session, with a queue of its own in the kernel for requests that
+/// are being answered: who reads a request from one writes the answer to the same.
+pub fn clone_of(dev: BorrowedFd) -> io::Result<OwnedFd> {
+    let new = open()?;
+    ioctl(new.as_fd(), IOC_CLONE, &mut (dev.as_raw_fd() as u32))?;
+    Ok(new)
+}
+
+/// Gives the kernel a file that it is to read and write by itself for others; by which number.
+pub fn backing_open(dev: impl AsFd, file: impl AsFd) -> io::Result<i32> {
+    // struct fuse_backing_map: descriptor, flags, padding
+    let mut map = [file.as_fd().as_raw_fd() as u32, 0, 0, 0];
+    ioctl(dev.as_fd(), IOC_BACKING_OPEN, &mut map)
+}
+
+pub fn backing_close(dev: impl AsFd, id: i32) -> io::Result<()> {
+    ioctl(dev.as_fd(), IOC_BACKING_CLOSE, &mut (id as u32)).map(drop)
+}
+
+#[allow(unsafe_code)]
+fn ioctl<T>(fd: BorrowedFd, request: libc::c_ulong, argument: &mut T) -> io::Result<i32> {
+    // SAFETY: each of the three requests above carries the length of its argument, which is what
+    // the callers pass; the kernel keeps no pointer to it.
+    let done = unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(done) }
+}
+
+/// Waits for one request.
+pub fn receive(dev: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
+    rustix::io::read(dev, into)
+}
+
+/// Writes one answer or notice.
+pub fn send(dev: impl AsFd, head: &[u8], body: &[u8]) -> Result<(), Errno> {
+    let parts = [IoSlice::new(head), IoSlice::new(body)];
+    rustix::io::writev(dev, &parts).map(drop)
 }
 
 /// Takes the mount away at once; who is in it keeps what is open.

@@ -5,6 +5,7 @@ pub mod daemon;
 pub mod dev_fuse;
 pub mod file;
 pub mod fs;
+pub mod fusermount;
 pub mod local;
 pub mod mount;
 

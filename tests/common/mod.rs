@@ -418,8 +418,10 @@ impl Mount {
         let mut words = vec![imz().into(), "mount".into(), self.source.clone()];
         words.extend([self.point.clone().into(), "--cache".into(), self.cache.clone().into()]);
         words.push("-f".into());
-        if !self.options.is_empty() {
-            words.extend(["-o".into(), self.options.clone().into()]);
+        // for runs of all tests with an option
+        let all = std::env::var("IMZ_MOUNT_OPTIONS").unwrap_or_default();
+        for options in [&self.options, &all].into_iter().filter(|it| !it.is_empty()) {
+            words.extend(["-o".into(), options.into()]);
         }
         self.process.start(&words);
         self.alive = Some(watch(self.process.pid()));
