@@ -155,6 +155,11 @@ Mount options:
                      data goes through the daemon
   coherence=session  for a machine that mostly has the volume to itself: it keeps its permits for
                      as long as nobody else needs them, however long it rests
+  uring=auto         requests come over io_uring where the kernel allows it and root mounts
+                     (default): Linux 6.14 and newer, and only after
+                     echo Y > /sys/module/fuse/parameters/enable_uring
+  uring=on           the same, or the mount fails
+  uring=off          requests come by /dev/fuse
   suid, nosuid, dev, nodev, exec, noexec, atime, noatime
                      as in mount(8)
   defaults, auto, noauto, user, users, nofail, _netdev, relatime, x-* and the like

@@ -291,6 +291,7 @@ fn mount_options() {
         ("age=18446744073709551615", "longer than a year"),
         ("timeout=0", "longer than 0"),
         ("passthrough=on", "auto or off"),
+        ("uring=maybe", "auto, on or off"),
         ("ro=1", "takes no value"),
         ("cache=", "cache=DIR"),
     ];

@@ -11,7 +11,8 @@ const STEPS: [&[&str]; 6] =
 /// Pairs of one step that may name each other nevertheless: none but these.
 const ALSO: [(&str, &str); 1] = [("modes", "cli")];
 /// Crates and the only places whose sources may name them.
-const DOORS: [(&str, &[&str]); 7] = [
+const DOORS: [(&str, &[&str]); 8] = [
+    ("io_uring", &["src/sys/ring.rs"]),
     ("mio", &["src/net/poll.rs"]),
     ("signal_hook", &["src/net/poll.rs"]),
     ("memmap2", &["src/kml/map.rs"]),

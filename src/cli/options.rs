@@ -253,6 +253,16 @@ pub enum Coherence {
     Session,
 }
 
+/// Whether requests of the kernel come over io_uring.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Uring {
+    /// where the kernel allows it
+    #[default]
+    Auto,
+    On,
+    Off,
+}
+
 /// One element of `-o`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum MountOption {
@@ -267,6 +277,7 @@ pub enum MountOption {
     Timeout(Duration),
     Passthrough(Passthrough),
     Coherence(Coherence),
+    Uring(Uring),
     Cache(PathBuf),
     /// known, and no business of ours
     Ignored,
@@ -274,7 +285,8 @@ pub enum MountOption {
 
 /// What an error message lists.
 const KNOWN: &str = "ro, rw, sync, async, allow_other, cache=DIR, age=DURATION, timeout=DURATION, \
-                     passthrough=auto|off, coherence=close-to-open|strict|session, suid, nosuid, dev, nodev, exec, noexec, atime, noatime";
+                     passthrough=auto|off, coherence=close-to-open|strict|session, \
+                     uring=auto|on|off, suid, nosuid, dev, nodev, exec, noexec, atime, noatime";
 
 /// What mount(8) and fstab(5) pass and handle by themselves, or what changes nothing here.
 const IGNORED: [&str; 27] = [
@@ -322,7 +334,7 @@ impl MountOption {
             return Ok(MountOption::Ignored);
         }
         match (&*name, value) {
-            ("age" | "timeout" | "passthrough" | "coherence" | "cache", None) => {
+            ("age" | "timeout" | "passthrough" | "coherence" | "uring" | "cache", None) => {
                 bad(format!("it needs a value: {name}=..."))
             }
             ("cache", Some([])) => bad("it needs a value: cache=DIR"),
@@ -348,6 +360,10 @@ impl MountOption {
             ("coherence", "strict") => Ok(MountOption::Coherence(Coherence::Strict)),
             ("coherence", "session") => Ok(MountOption::Coherence(Coherence::Session)),
             ("coherence", _) => bad("coherence is close-to-open, strict or session"),
+            ("uring", "auto") => Ok(MountOption::Uring(Uring::Auto)),
+            ("uring", "on") => Ok(MountOption::Uring(Uring::On)),
+            ("uring", "off") => Ok(MountOption::Uring(Uring::Off)),
+            ("uring", _) => bad("uring is auto, on or off"),
             _ if MountOption::flag(name).is_ok() => bad(format!("{name} takes no value")),
             _ => bad(format!("unknown option {name}; known are {KNOWN}")),
         }
@@ -390,6 +406,7 @@ pub struct MountOptions {
     pub timeout: Duration,
     pub passthrough: Passthrough,
     pub coherence: Coherence,
+    pub uring: Uring,
     pub cache: Option<PathBuf>,
 }
 
@@ -407,6 +424,7 @@ impl Default for MountOptions {
             timeout: Duration::from_secs(10),
             passthrough: Passthrough::Auto,
             coherence: Coherence::CloseToOpen,
+            uring: Uring::Auto,
             cache: None,
         }
     }
@@ -429,6 +447,7 @@ impl MountOptions {
                 MountOption::Timeout(it) => all.timeout = *it,
                 MountOption::Passthrough(it) => all.passthrough = *it,
                 MountOption::Coherence(it) => all.coherence = *it,
+                MountOption::Uring(it) => all.uring = *it,
                 MountOption::Cache(it) => all.cache = Some(it.clone()),
                 MountOption::Ignored => {}
             }

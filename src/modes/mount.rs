@@ -17,7 +17,7 @@ use anyhow::Context;
 
 use super::{Exit, Failure, exit_code, fail};
 use crate::cli::MountArgs;
-use crate::cli::options::{Coherence, MountOptions, Passthrough, Source};
+use crate::cli::options::{Coherence, MountOptions, Passthrough, Source, Uring};
 use crate::lento::rights::Held;
 use crate::net::client::{self, Handle, Peer};
 use crate::net::control;
@@ -321,5 +321,10 @@ fn fuse_options(args: &MountArgs, settings: &MountOptions) -> device::Options {
         flags,
         threads: THREADS,
         locks: false,
+        uring: match settings.uring {
+            Uring::Auto => device::Uring::Auto,
+            Uring::On => device::Uring::On,
+            Uring::Off => device::Uring::Off,
+        },
     }
 }

@@ -13,6 +13,7 @@ use anyhow::Context;
 use super::{Exit, Failure, fail, place, ship};
 use crate::cli::UmountArgs;
 use crate::net::control::{self, ControlError};
+use crate::sys::Errno;
 use crate::sys::mount::{UmountError, probe, umount};
 
 /// How long the process may take to end after the mount is gone.
@@ -77,10 +78,23 @@ fn take_away(path: &Path, lazy: bool) -> anyhow::Result<()> {
 /// kernel answers a stat from what it knows. The thread that looks stays behind if the mount hangs.
 fn is_dead(mount: &Path) -> bool {
     let (tell, told) = mpsc::channel();
-    let mount = mount.to_owned();
-    std::thread::spawn(move || tell.send(probe(&mount)));
+    let (mount, began) = (mount.to_owned(), Instant::now());
+    std::thread::spawn(move || {
+        let mut looked = probe(&mount);
+        while is_dying(&looked) && began.elapsed() < PROBE_TIME_MAX {
+            std::thread::sleep(Duration::from_millis(5));
+            looked = probe(&mount);
+        }
+        tell.send(looked)
+    });
     let looked = told.recv_timeout(PROBE_TIME_MAX);
     matches!(looked, Ok(Err(e)) if e.kind() == std::io::ErrorKind::NotConnected)
+}
+
+/// The kernel takes the rings of a dead process away a moment after its death.
+fn is_dying(looked: &std::io::Result<()>) -> bool {
+    let dying = [Errno::CANCELED, Errno::CONNABORTED].map(|e| Some(e.raw_os_error()));
+    looked.as_ref().is_err_and(|e| dying.contains(&e.raw_os_error()))
 }
 
 /// Waits until the process is gone, and with it its lock on the cache.

@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex};
 
 use crossbeam_channel::{Receiver, Sender};
 
-use super::abi::{self, Lock, LockType, Op, Raw, Request};
+use super::abi::reply::{self, OpenFlags};
+use super::abi::{Lock, LockType, Op, Raw, Request};
 use super::filter::{Filter, Result, Stop, Want, as_is};
 use super::open::{Open, held};
 use super::parked::{Interrupted, Parked, Ticket};
@@ -243,9 +244,9 @@ impl Adapter {
     }
 
     /// A new handle, and how the kernel is to treat it.
-    pub fn add(&self, open: Arc<Open>, writer: bool) -> (u64, abi::OpenFlags) {
+    pub fn add(&self, open: Arc<Open>, writer: bool) -> (u64, OpenFlags) {
         let backing = self.backing(&open);
-        let flags = abi::OpenFlags {
+        let flags = OpenFlags {
             // A reader's close tells us nothing, unless it ends locks.
             no_flush: !writer && !self.locks,
             // Then the kernel's pages are as good as a promise.
@@ -325,11 +326,11 @@ fn ask(fid: Fid, lock: &Lock) -> LockAsk {
 
 /// The answer to F_GETLK.
 fn in_the_way(other: Option<LockHeld>) -> Vec<u8> {
-    let Some(other) = other else { return abi::lock(0, 0, LockType::Unlock, 0) };
+    let Some(other) = other else { return reply::lock(0, 0, LockType::Unlock, 0) };
     let kind = match other.kind {
         LockKind::Read => LockType::Read,
         LockKind::Write => LockType::Write,
         LockKind::Unlock => LockType::Unlock,
     };
-    abi::lock(other.start, other.end, kind, other.pid)
+    reply::lock(other.start, other.end, kind, other.pid)
 }

@@ -6,7 +6,8 @@
 
 use std::sync::Arc;
 
-use super::abi::{self, Entry, Listing, Op, Request, SetTime, Setattr};
+use super::abi::reply::{self, Entry, Listing};
+use super::abi::{Op, Request, SetTime, Setattr};
 use super::adapter::Adapter;
 use super::attrs::{When, Wish};
 use super::filter::{Filter, Found, Result, Stop};
@@ -50,7 +51,7 @@ impl Adapter {
             Op::Open { flags } => {
                 let writer = is_writer(flags);
                 let (fh, flags) = self.add(filter.open(by(0), fid, flags)?, writer);
-                Ok(abi::open(fh, flags))
+                Ok(reply::open(fh, flags))
             }
             Op::Create { flags, mode, umask, name } => {
                 let made = create(filter, by(umask), fid, name, flags, mode)?;
@@ -58,7 +59,7 @@ impl Adapter {
             }
             Op::Read { fh, at, len } => filter.read(&self.handle(fh)?.open, at, len),
             Op::Write { fh, at, kill, data } => {
-                filter.write(by(0), &self.handle(fh)?.open, at, data, kill).map(abi::size)
+                filter.write(by(0), &self.handle(fh)?.open, at, data, kill).map(reply::size)
             }
             Op::Statfs => Ok(statfs(filter)),
             Op::Flush { fh, .. } => {
@@ -85,13 +86,13 @@ impl Adapter {
             }
             Op::Lseek { fh, at, whence } => {
                 let hole = whence == SEEK_HOLE as u32;
-                filter.seek(&self.handle(fh)?.open, at, hole).map(abi::offset)
+                filter.seek(&self.handle(fh)?.open, at, hole).map(reply::offset)
             }
             Op::CopyRange { from, to, len, wide } => {
                 let (source, target) = (self.handle(from.0)?, self.handle(to.0)?);
                 let copied =
                     filter.copy_range((&source.open, from.1), (&target.open, to.1), len)?;
-                Ok(if wide { abi::offset(copied.into()) } else { abi::size(copied) })
+                Ok(if wide { reply::offset(copied.into()) } else { reply::size(copied) })
             }
             Op::Destroy => Ok(Vec::new()),
             Op::Tmpfile { .. } | Op::Unknown { .. } => Err(Errno::NOSYS.into()),
@@ -103,7 +104,7 @@ impl Adapter {
     /// A new object with its first handle.
     fn opened(&self, (found, open): (Found, Arc<Open>), flags: i32) -> Vec<u8> {
         let (fh, flags) = self.add(open, is_writer(flags));
-        abi::created(&as_entry(&found), fh, flags)
+        reply::created(&as_entry(&found), fh, flags)
     }
 }
 
@@ -116,11 +117,11 @@ fn as_entry(found: &Found) -> Entry<'_> {
 }
 
 fn entry(found: Found) -> Vec<u8> {
-    abi::entry(&as_entry(&found))
+    reply::entry(&as_entry(&found))
 }
 
 fn attributes(found: Found) -> Vec<u8> {
-    abi::attr(&as_entry(&found))
+    reply::attr(&as_entry(&found))
 }
 
 fn nothing((): ()) -> Vec<u8> {
@@ -131,7 +132,7 @@ fn lookup(filter: &Filter, dir: Fid, name: &[u8]) -> Result<Vec<u8>> {
     match filter.lookup(dir, name) {
         // Inode 0: the kernel may keep the absence, too.
         Err(Stop::Errno(Errno::NOENT)) if filter.may_keep_absence(dir) => {
-            Ok(abi::entry(&Entry { ino: 0, stat: &Default::default(), keep: KEEP }))
+            Ok(reply::entry(&Entry { ino: 0, stat: &Default::default(), keep: KEEP }))
         }
         result => result.map(entry),
     }
@@ -169,7 +170,7 @@ fn list(filter: &Filter, dir: Fid, at: u64, room: u32, plus: bool) -> Result<Vec
 /// A value of an extended attribute, or its length when the application asks with no room.
 fn value(value: Vec<u8>, room: u32) -> Result<Vec<u8>> {
     match room as usize {
-        0 => Ok(abi::size(value.len() as u32)),
+        0 => Ok(reply::size(value.len() as u32)),
         room if value.len() > room => Err(Errno::RANGE.into()),
         _ => Ok(value),
     }
@@ -195,7 +196,7 @@ fn wish(set: &Setattr) -> Wish {
 
 fn statfs(filter: &Filter) -> Vec<u8> {
     let s = filter.lento.space();
-    abi::statfs(&abi::Statfs {
+    reply::statfs(&reply::Statfs {
         blocks: s.blocks,
         blocks_free: s.blocks_free,
         blocks_available: s.blocks_available,

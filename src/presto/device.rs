@@ -6,7 +6,9 @@
 //!
 //! Each thread has a descriptor of its own, where the kernel allows it. An answer goes to the
 //! descriptor from which its request was read, from whatever thread. Notices to the kernel go the
-//! same way as answers. Root mounts by mount(2), others by fusermount3.
+//! same way as answers. Root mounts by mount(2), others by fusermount3. Where the kernel's module
+//! allows it and root mounts, requests come over io_uring instead (`rings`), and what is left for
+//! the threads here are forgotten objects and interrupts.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,10 +17,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::abi::init::{self, Offer, Taken, flag};
-use super::abi::{self, Raw};
+use super::abi::{Head, Raw, reply};
 use super::adapter::Adapter;
 use super::filter::Filter;
 use super::parked::{Ticket, Way};
+use super::rings::Rings;
 use crate::kml::record::Fid;
 use crate::sys::{self, Errno, dev_fuse, fusermount};
 
@@ -30,6 +33,17 @@ const REQUEST_LEN_MAX: usize = WRITE_LEN_MAX as usize + (8 << 10);
 const BACKGROUND_MAX: u16 = 64;
 /// File systems that a backing file may be stacked on: 1, and 2 for one in an overlay.
 const STACK_DEPTH: u32 = 2;
+
+/// Whether requests come over io_uring.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Uring {
+    /// where the kernel offers it, and root mounts
+    #[default]
+    Auto,
+    /// or there is no mount
+    On,
+    Off,
+}
 
 /// What the mount is to be like.
 #[derive(Clone, Debug)]
@@ -46,6 +60,7 @@ pub struct Options {
     pub threads: usize,
     /// flock and fcntl locks are asked for; otherwise the kernel keeps them by itself
     pub locks: bool,
+    pub uring: Uring,
 }
 
 /// A mounted session, before and while it runs.
@@ -53,6 +68,7 @@ pub struct Mounted {
     dev: Arc<OwnedFd>,
     adapter: Arc<Adapter>,
     threads: usize,
+    rings: Option<Rings>,
 }
 
 /// Tells the kernel that what it was given is not so any more. Each call may wait for locks that
@@ -66,17 +82,17 @@ pub struct Kernel {
 impl Kernel {
     /// Attributes, data and listing of an object.
     pub fn forget_object(&self, fid: Fid) {
-        self.tell(&abi::inval_inode(fid.0));
+        self.tell(&reply::inval_inode(fid.0));
     }
 
     /// An entry of a directory, or the absence of one.
     pub fn forget_entry(&self, dir: Fid, name: &[u8]) {
-        self.tell(&abi::inval_entry(dir.0, name));
+        self.tell(&reply::inval_entry(dir.0, name));
     }
 
     /// All entries of all directories, and all absences: each is looked up again when it is used.
     pub fn forget_entries(&self) {
-        self.tell(&abi::next_epoch());
+        self.tell(&reply::next_epoch());
     }
 
     fn tell(&self, notice: &[u8]) {
@@ -101,10 +117,10 @@ pub fn mount(filter: Arc<Filter>, mountpoint: &Path, options: &Options) -> io::R
     } else {
         fusermount::mount(mountpoint, &helper_options(options))?
     });
-    let shaken = shake_hands(&dev, &filter, options).and_then(|()| {
+    let shaken = shake_hands(&dev, &filter, options).and_then(|rings| {
         let adapter = Adapter::new(filter, dev.clone(), options.sync, options.locks);
         adapter.start()?;
-        Ok(Mounted { dev, adapter, threads: options.threads.max(1) })
+        Ok(Mounted { dev, adapter, threads: options.threads.max(1), rings })
     });
     shaken.inspect_err(|_| {
         let _ = sys::mount::umount(mountpoint, true); // it is of no use to anybody
@@ -125,8 +141,12 @@ fn helper_options(options: &Options) -> Vec<String> {
     words
 }
 
-/// Reads INIT and answers it.
-fn shake_hands(dev: &OwnedFd, filter: &Filter, options: &Options) -> io::Result<()> {
+/// Reads INIT and answers it; with the rings over which requests will come.
+fn shake_hands(
+    dev: &Arc<OwnedFd>,
+    filter: &Filter,
+    options: &Options,
+) -> io::Result<Option<Rings>> {
     let mut buffer = vec![0; REQUEST_LEN_MAX];
     loop {
         let len = match dev_fuse::receive(dev, &mut buffer) {
@@ -136,17 +156,47 @@ fn shake_hands(dev: &OwnedFd, filter: &Filter, options: &Options) -> io::Result<
         let offer = Offer::parse(&buffer[..len]).map_err(|_| {
             io::Error::other("the kernel's FUSE is too old: Linux 5.4 or newer is needed")
         })?;
-        let newer = offer.major > init::MAJOR;
-        let body = if newer { init::older() } else { init::taken(&take(&offer, filter, options)) };
-        dev_fuse::send(dev, &abi::out_head(offer.unique, 0, body.len()), &body)?;
-        if !newer {
-            return Ok(());
+        let answer =
+            |body: &[u8]| dev_fuse::send(dev, &reply::out_head(offer.unique, 0, body.len()), body);
+        if offer.major > init::MAJOR {
+            answer(&init::older())?; // and it offers again
+            continue;
+        }
+        let rings = rings_for(&offer, dev, options.uring)?;
+        answer(&init::taken(&take(&offer, filter, options, rings.is_some())))?;
+        return Ok(rings);
+    }
+}
+
+/// Rings, where they are wanted, offered and possible.
+fn rings_for(offer: &Offer, dev: &Arc<OwnedFd>, uring: Uring) -> io::Result<Option<Rings>> {
+    if uring == Uring::Off {
+        return Ok(None);
+    }
+    let rings = if !sys::cred::is_root() {
+        Err(io::Error::other("only root can have it"))
+    } else if offer.flags & flag::OVER_IO_URING == 0 {
+        Err(io::Error::other(
+            "the kernel does not offer it (Linux 6.14 and newer do, after: \
+             echo Y > /sys/module/fuse/parameters/enable_uring)",
+        ))
+    } else {
+        Rings::new(dev, WRITE_LEN_MAX as usize)
+    };
+    match rings {
+        Ok(rings) => Ok(Some(rings)),
+        Err(e) if uring == Uring::On => {
+            Err(io::Error::new(e.kind(), format!("there is no FUSE over io_uring ({e})")))
+        }
+        Err(e) => {
+            log::info!("no FUSE over io_uring ({e})");
+            Ok(None)
         }
     }
 }
 
 /// What we take of the kernel's offer.
-fn take(offer: &Offer, filter: &Filter, options: &Options) -> Taken {
+fn take(offer: &Offer, filter: &Filter, options: &Options, rings: bool) -> Taken {
     let mut wanted = flag::INIT_EXT
         | flag::ASYNC_READ
         | flag::ATOMIC_O_TRUNC
@@ -163,6 +213,9 @@ fn take(offer: &Offer, filter: &Filter, options: &Options) -> Taken {
         | flag::HANDLE_KILLPRIV_V2;
     if options.locks {
         wanted |= flag::POSIX_LOCKS | flag::FLOCK_LOCKS;
+    }
+    if rings {
+        wanted |= flag::OVER_IO_URING;
     }
     if filter.passthrough.load(Ordering::Relaxed) && sys::cred::is_root() {
         wanted |= flag::PASSTHROUGH;
@@ -185,7 +238,7 @@ fn take(offer: &Offer, filter: &Filter, options: &Options) -> Taken {
 impl Mounted {
     /// The way back to the kernel.
     pub fn kernel(&self) -> Kernel {
-        let has_epochs = dev_fuse::send(&self.dev, &abi::next_epoch(), &[]).is_ok();
+        let has_epochs = dev_fuse::send(&self.dev, &reply::next_epoch(), &[]).is_ok();
         self.adapter.filter.forgets_names.store(has_epochs, Ordering::Relaxed);
         Kernel { dev: self.dev.clone(), has_epochs }
     }
@@ -195,6 +248,7 @@ impl Mounted {
     /// # Errors
     /// Requests cannot be read any more, though nobody unmounted.
     pub fn run(self) -> io::Result<()> {
+        let rings = self.rings.map(|rings| rings.start(&self.adapter)).transpose()?;
         let mut others = Vec::new();
         for _ in 1..self.threads {
             // Not everybody may open /dev/fuse; then all read from one descriptor.
@@ -209,7 +263,10 @@ impl Mounted {
             let other = thread.join().unwrap_or_else(|_| Err(io::Error::other("it panicked")));
             ended = ended.and(other);
         }
-        ended
+        match rings {
+            Some(rings) => ended.and(rings.stop()),
+            None => ended,
+        }
     }
 }
 
@@ -222,7 +279,7 @@ impl Way for Channel {
             Ok(body) => (0, body),
             Err(e) => (-e.raw_os_error(), Vec::new()),
         };
-        match dev_fuse::send(&self.0, &abi::out_head(unique, error, body.len()), &body) {
+        match dev_fuse::send(&self.0, &reply::out_head(unique, error, body.len()), &body) {
             // The kernel may have given the request up, or the whole mount.
             Ok(()) | Err(Errno::NOENT | Errno::NODEV) => {}
             Err(e) => log::error!("an answer of {} bytes was not taken: {e}", body.len()),
@@ -243,7 +300,7 @@ fn serve(adapter: &Arc<Adapter>, dev: Arc<OwnedFd>) -> io::Result<()> {
             Err(e) => return Err(e.into()),
         };
         let bytes = &buffer[..len];
-        match (Raw::whole(bytes), abi::Head::parse(bytes)) {
+        match (Raw::whole(bytes), Head::parse(bytes)) {
             (Ok(raw), Ok(head)) => adapter.serve(raw, Ticket::new(head.unique, 0, way.clone())),
             (Err(e), Ok(head)) => {
                 log::error!("{e}");

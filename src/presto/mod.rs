@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!  device.rs   the mount, and the threads that read requests from /dev/fuse
+//!  rings.rs    the threads that serve requests over io_uring
 //!  abi.rs      the bytes of requests and replies
 //!  adapter.rs  has an operation run, again after a miss, and sees to its one answer
 //!  parked.rs   requests that wait, and interrupts
@@ -31,3 +32,4 @@ pub mod mapped;
 pub mod names;
 pub mod open;
 pub mod parked;
+mod rings;

@@ -1,4 +1,5 @@
-//! The few system calls that std lacks. The only room that names rustix and libc.
+//! The few system calls that std lacks. The only room that names rustix, libc and
+//! io_uring.
 
 pub mod cred;
 pub mod daemon;
@@ -8,6 +9,7 @@ pub mod fs;
 pub mod fusermount;
 pub mod local;
 pub mod mount;
+pub mod ring;
 
 /// The kernel's error numbers.
 pub use rustix::io::Errno;

@@ -1,6 +1,7 @@
 //! The first request of a session: what the kernel can, and what we take of it.
 
-use super::{Body, Fields, Garbled, HEAD_LEN, Head, Result, code};
+use super::reply::Body;
+use super::{Fields, Garbled, HEAD_LEN, Head, Result, code};
 
 /// The protocol that is spoken here: the major number, and the newest minor one that was read.
 pub const MAJOR: u32 = 7;

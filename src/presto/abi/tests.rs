@@ -1,4 +1,6 @@
+use super::reply::*;
 use super::*;
+use crate::sys::fs::Stat;
 
 /// A request as the kernel would write it.
 fn request(opcode: u32, body: &[u8]) -> Vec<u8> {
@@ -177,7 +179,7 @@ fn a_lock_is_of_the_file_or_of_bytes() {
     assert_eq!((lock.start, lock.end, lock.owner, lock.pid), (0, u64::MAX, 9, 12));
     assert_eq!(parsed(&ask(9, 8, 1, 0)), Err(Garbled));
     assert_eq!(parsed(&ask(0, 8, 3, 0)), Err(Garbled));
-    let body = super::lock(0, u64::MAX, LockType::Read, 5);
+    let body = reply::lock(0, u64::MAX, LockType::Read, 5);
     assert_eq!(body[8..16], (i64::MAX as u64).to_ne_bytes());
 }
 
@@ -191,7 +193,7 @@ fn bodies_have_the_lengths_of_their_structures() {
     assert_eq!(open(1, flags).len(), 16);
     assert_eq!(open(1, flags)[8..12], (1u32 << 5 | 1 << 7).to_ne_bytes());
     assert_eq!(created(&it, 1, flags).len(), 144);
-    assert_eq!(super::lock(0, 1, LockType::Unlock, 0).len(), 24);
+    assert_eq!(lock(0, 1, LockType::Unlock, 0).len(), 24);
     let (blocks, block_len) = (1, 4096);
     let space = Statfs {
         blocks,
