@@ -57,6 +57,10 @@ impl Adapter {
                 let made = create(filter, by(umask), fid, name, flags, mode)?;
                 Ok(self.opened(made, flags))
             }
+            Op::Tmpfile { flags, mode, umask } => {
+                let made = filter.tmpfile(by(umask), fid, mode, is_writer(flags))?;
+                Ok(self.opened(made, flags))
+            }
             Op::Read { fh, at, len } => filter.read(&self.handle(fh)?.open, at, len),
             Op::Write { fh, at, kill, data } => {
                 filter.write(by(0), &self.handle(fh)?.open, at, data, kill).map(reply::size)
@@ -95,7 +99,7 @@ impl Adapter {
                 Ok(if wide { reply::offset(copied.into()) } else { reply::size(copied) })
             }
             Op::Destroy => Ok(Vec::new()),
-            Op::Tmpfile { .. } | Op::Unknown { .. } => Err(Errno::NOSYS.into()),
+            Op::Unknown { .. } => Err(Errno::NOSYS.into()),
             // what the adapter sees to itself
             Op::Forget | Op::Interrupt { .. } | Op::Lock(_) => Err(Errno::IO.into()),
         }

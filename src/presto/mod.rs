@@ -10,6 +10,7 @@
 //!  answer.rs   what each operation does: unpack, call, encode
 //!  filter.rs   what all operations share: is it here? who asks? how is a change journaled?
 //!  names.rs    operations on entries of directories
+//!  nameless.rs files that have no name yet
 //!  attrs.rs    operations on attributes
 //!  files.rs    operations on open files
 //!  open.rs     the table of open files
@@ -29,6 +30,7 @@ pub mod device;
 pub mod files;
 pub mod filter;
 pub mod mapped;
+mod nameless;
 pub mod names;
 pub mod open;
 pub mod parked;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::filter::{Filter, Found, Result, shown};
+use super::filter::{Filter, Found, Result, Spot, done, shown};
 use super::open::{Mark, Open, Way};
 use crate::kml::record::{Fid, Gone, Name, Op, Over, TARGET_LEN_MAX};
 use crate::lento::rights::Mode;
@@ -181,10 +181,18 @@ impl Filter {
     }
 
     pub fn link(&self, by: Caller, fid: Fid, parent: Fid, name: &[u8]) -> Result<Found> {
-        let _names = self.cache.tree.lock(&[parent]);
-        let _object = self.cache.tree.lock_objects(&[fid]);
+        let names = self.cache.tree.lock(&[parent]);
+        let locked = self.cache.tree.lock_objects(&[fid]);
         let object = self.here(fid)?;
         let (dir, name) = self.new_place(parent, name)?;
+        if object.is_nameless() {
+            let found = self.link_nameless(&object, &dir, &name)?;
+            drop((names, locked));
+            return match &object.spot {
+                Spot::Open(open) => done(|| self.store(open)).map(|()| found),
+                _ => Ok(found),
+            };
+        }
         if object.stat.kind() == Kind::Dir {
             return Err(Errno::PERM.into());
         }

@@ -5,7 +5,7 @@
 //! touch, to the record's time, so that every node ends with the same ones. The caller holds the objects' locks. None is durable on
 //! return: the journal says what must be done again.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::meta::Meta;
@@ -131,6 +131,20 @@ impl Tree {
             self.index.set_loose(dir.fid, name.as_bytes(), Some(value));
         }
         self.index.add(fid, dir.fid, name)?;
+        self.touch(dir, when)
+    }
+
+    /// Gives a file that has no name its first one.
+    pub fn link_nameless(
+        &self,
+        file: impl AsFd,
+        fid: Fid,
+        dir: &Dir,
+        name: &Name,
+        when: Time,
+    ) -> Result<()> {
+        fs::link_fd(file, dir, name.as_bytes())?;
+        self.index.set(fid, dir.fid, name);
         self.touch(dir, when)
     }
 

@@ -107,6 +107,7 @@ pub mod o {
     pub const DIRECTORY: i32 = libc::O_DIRECTORY;
     pub const NOFOLLOW: i32 = libc::O_NOFOLLOW;
     pub const NONBLOCK: i32 = libc::O_NONBLOCK;
+    pub const TMPFILE: i32 = libc::O_TMPFILE;
 }
 
 fn oflags(flags: i32) -> OFlags {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 
@@ -688,14 +689,46 @@ fn deep(p: &Place) {
 }
 
 /// O_TMPFILE: FUSE may say that it has none, and programs then do without.
+/// O_TMPFILE: a file without a name, which may get one.
 fn unnamed(p: &Place) {
-    let mut options = File::options();
-    match options.read(true).write(true).custom_flags(libc::O_TMPFILE).open(&p.dir) {
-        Err(e) => assert_eq!(e.raw_os_error(), Some(libc::EOPNOTSUPP), "{e}"),
-        Ok(mut file) => {
-            file.write_all(b"x").unwrap();
-            assert_eq!(file.metadata().unwrap().nlink(), 0);
-        }
-    }
-    assert_eq!(fs::read_dir(&p.dir).unwrap().count(), 0);
+    let made = |at: &Path, flags| {
+        let mut options = File::options();
+        options.read(true).write(true).mode(0o640).custom_flags(libc::O_TMPFILE | flags);
+        options.open(at).unwrap()
+    };
+    let named = |file: &File, path: &Path| {
+        let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+        rustix::fs::linkat(CWD, own, CWD, path, AtFlags::SYMLINK_FOLLOW)
+    };
+    p.alike(|at| {
+        let mut file = made(at, 0);
+        file.write_all(b"without a name").unwrap();
+        let before = file.metadata().unwrap();
+        let none = fs::read_dir(at).unwrap().count();
+        file.set_len(7).unwrap();
+        let kept = made(at, libc::O_EXCL);
+        let refused = raw(named(&kept, &at.join("kept")));
+        let said = raw(named(&file, &at.join("named")));
+        let again = raw(named(&file, &at.join("twin")));
+        let twice = raw(named(&file, &at.join("named")));
+        let after = file.metadata().unwrap();
+        let text = fs::read(at.join("named")).unwrap();
+        (before.nlink(), none, refused, said, again, twice, after.nlink(), after.mode(), text)
+    });
+    let file = made(&p.dir, 0);
+    rustix::fs::fsetxattr(&file, "user.mark", b"here", XattrFlags::empty()).unwrap();
+    file.set_permissions(Permissions::from_mode(0o604)).unwrap();
+    named(&file, &p.at("marked")).unwrap();
+    (&file).write_all(b"and more").unwrap();
+    drop(file);
+    drop(made(&p.dir, 0));
+    p.sync();
+    assert_eq!(fs::read(p.served.join("named")).unwrap(), b"without");
+    assert_eq!(fs::metadata(p.served.join("named")).unwrap().nlink(), 2);
+    assert_eq!(fs::read(p.served.join("marked")).unwrap(), b"and more");
+    let meta = fs::metadata(p.served.join("marked")).unwrap();
+    assert_eq!(meta.mode() & 0o7777, 0o604);
+    let attributes = xattrs(&p.served.join("marked"));
+    assert_eq!(attributes.get(&b"user.mark"[..]).map(Vec::as_slice), Some(&b"here"[..]));
+    assert_eq!(fs::read_dir(&p.served).unwrap().count(), 3);
 }
