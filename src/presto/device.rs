@@ -85,11 +85,6 @@ impl Kernel {
         self.tell(&reply::inval_inode(fid.0));
     }
 
-    /// An entry of a directory, or the absence of one.
-    pub fn forget_entry(&self, dir: Fid, name: &[u8]) {
-        self.tell(&reply::inval_entry(dir.0, name));
-    }
-
     /// All entries of all directories, and all absences: each is looked up again when it is used.
     pub fn forget_entries(&self) {
         self.tell(&reply::next_epoch());

@@ -228,14 +228,6 @@ pub fn inval_inode(ino: u64) -> Vec<u8> {
     notice(2, &Body::default().u64(ino).u64(0).u64(0).0)
 }
 
-/// An entry of a directory, or its absence, is stale. `name`: at most 255 bytes.
-pub fn inval_entry(dir: u64, name: &[u8]) -> Vec<u8> {
-    let mut body = Body::default().u64(dir).u32(name.len() as u32).u32(0);
-    body.0.extend(name);
-    body.0.push(0);
-    notice(3, &body.0)
-}
-
 /// All entries of all directories are to be looked up again (Linux 6.16 and newer).
 pub fn next_epoch() -> Vec<u8> {
     notice(8, &[])
