@@ -1,5 +1,5 @@
-//! What POSIX and Linux say of files, in a mount: with passthrough, without it, and as a user
-//! without any right through fusermount3.
+//! What POSIX and Linux say of files, in a mount: with passthrough, without it, over io_uring, and
+//! as a user without any right through fusermount3.
 //!
 //! A check gets two directories: one in the mount, one on the bare file system below. Most look at
 //! the mount alone; where the answer is the file system's own affair, the two must agree. All
@@ -98,6 +98,16 @@ fn with_passthrough() {
 #[test]
 fn without_passthrough() {
     as_root("allow_other,passthrough=off");
+}
+
+/// Only where somebody has told the kernel's module to offer it; `auto` is in all other tests.
+#[test]
+fn over_io_uring() {
+    let enabled = fs::read("/sys/module/fuse/parameters/enable_uring");
+    match enabled.is_ok_and(|text| text.starts_with(b"Y")) {
+        true => as_root("allow_other,uring=on"),
+        false => eprintln!("skipped: enable_uring of the module fuse is not Y"),
+    }
 }
 
 /// The checks of this process's second life, as nobody: where the mount is, and so on.

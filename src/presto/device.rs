@@ -258,10 +258,10 @@ impl Mounted {
             let other = thread.join().unwrap_or_else(|_| Err(io::Error::other("it panicked")));
             ended = ended.and(other);
         }
-        match rings {
-            Some(rings) => ended.and(rings.stop()),
-            None => ended,
+        if let Some(rings) = rings {
+            rings.stop();
         }
+        ended
     }
 }
 

@@ -9,6 +9,8 @@
 
 use std::io;
 use std::mem::take;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -38,7 +40,7 @@ impl Rings {
     ///
     /// # Errors
     /// io_uring is not there, or not allowed.
-    pub fn new(dev: &Arc<std::os::fd::OwnedFd>, payload_len: usize) -> io::Result<Rings> {
+    pub fn new(dev: &Arc<OwnedFd>, payload_len: usize) -> io::Result<Rings> {
         let queues = ring::processors()?;
         let active = std::thread::available_parallelism().map_or(1, usize::from);
         let rings =
@@ -60,7 +62,16 @@ impl Rings {
             running.outboxes.push(outbox);
             running.threads.push(thread.spawn(move || {
                 ring::stay_on(nth);
-                server.run()
+                let ended = catch_unwind(AssertUnwindSafe(|| server.run()));
+                let why = match ended {
+                    Ok(Ok(())) => return,
+                    Ok(Err(e)) => e.to_string(),
+                    Err(_) => "it panicked".to_owned(),
+                };
+                // Requests of this processor would wait for ever: a dead mount is better than one
+                // that hangs, and a death loses nothing.
+                log::error!("a ring fails, and with it the mount: {why}");
+                std::process::exit(1);
             })?);
         }
         Ok(running)
@@ -69,23 +80,21 @@ impl Rings {
 
 /// Rings that are served.
 pub struct Running {
-    threads: Vec<JoinHandle<io::Result<()>>>,
+    threads: Vec<JoinHandle<()>>,
     outboxes: Vec<Arc<Outbox>>,
 }
 
 impl Running {
     /// Ends all, after the file system was unmounted.
-    pub fn stop(self) -> io::Result<()> {
+    pub fn stop(self) {
         for outbox in &self.outboxes {
             outbox.stop.store(true, Ordering::SeqCst);
             outbox.bell.ring();
         }
-        let mut ended = Ok(());
         for thread in self.threads {
-            let one = thread.join().unwrap_or_else(|_| Err(io::Error::other("a ring panicked")));
-            ended = ended.and(one);
+            // It says itself how it ended.
+            let _ = thread.join();
         }
-        ended
     }
 }
 
