@@ -173,6 +173,12 @@ pub enum Effect {
         break_id: Option<u64>,
         fids: Vec<Fid>,
     },
+    /// others changed these while there was no right to read them. What may be read now is current,
+    /// and of the rest the kernel keeps nothing: it is not told, for it may be asking just now, and
+    /// would drop the answer
+    CatchUp {
+        fids: Vec<Fid>,
+    },
     /// everything in the cache may be old
     BumpEpoch,
     /// what may be done with the volume; `raise`: what may be changed by itself stays so
@@ -781,7 +787,10 @@ impl Client {
         if m.lost {
             self.line.effect(Effect::BumpEpoch);
         } else if !m.fids.is_empty() {
-            self.line.effect(Effect::MarkStale { break_id: None, fids: m.fids });
+            self.line.effect(match ask {
+                Ask::ReadAll => Effect::CatchUp { fids: m.fids },
+                _ => Effect::MarkStale { break_id: None, fids: m.fids },
+            });
         }
         self.current = m.upto;
         if m.more && !m.lost {

@@ -535,10 +535,10 @@ impl Message {
             Message::Failed(m) => m.what.len() <= WHAT_LEN_MAX,
             Message::List(m) => m.after.len() <= 255,
             Message::Page(m) => {
-                let gone = m.gone.iter().flatten();
+                let mut gone = m.gone.iter().flatten();
                 object(&m.dir)
                     && m.entries.iter().all(|e| e.name.len() <= 255 && object(&e.object))
-                    && gone.fold(true, |fits, bare| fits && bare.name.len() <= 255)
+                    && gone.all(|bare| bare.name.len() <= 255)
             }
             Message::Status(m) => {
                 object(&m.object) && m.data.as_ref().is_none_or(|d| d.len() <= INLINE_LEN_MAX)

@@ -362,10 +362,21 @@ pub fn write_range(
 /// # Errors
 /// An object could not be marked. All others are.
 pub fn mark_stale(cache: &Cache, fids: &[Fid]) -> (Vec<Notice>, Result<()>) {
+    mark(cache, fids, false)
+}
+
+/// `always`: the kernel may also keep something of what was stale before.
+fn mark(cache: &Cache, fids: &[Fid], always: bool) -> (Vec<Notice>, Result<()>) {
     let (mut notices, mut result) = (Vec::new(), Ok(()));
     for fid in fids {
-        match not_gone(edit(cache, *fid, |meta| meta.stale = true)) {
+        let mut known = true;
+        let marked = edit(cache, *fid, |meta| {
+            known = cache.current(meta);
+            meta.stale = true;
+        });
+        match not_gone(marked) {
             Ok(None) => continue,
+            Ok(Some(())) if !known && !always => continue, // the kernel keeps nothing of it
             Ok(Some(())) => {}
             Err(e) => result = Err(e),
         }
@@ -408,6 +419,6 @@ pub fn acked(
     }
     lost.sort_unstable();
     lost.dedup();
-    let (notices, marked) = mark_stale(cache, &lost);
+    let (notices, marked) = mark(cache, &lost, true);
     (notices, result.and(marked))
 }

@@ -68,10 +68,9 @@ impl Rig {
                     let now = self.now;
                     self.server.on_answer(conn, id, (&request, message), &given, now);
                 }
+                Effect::Send { message: Message::Ping(_), .. } => {}
                 Effect::Send { conn, id, answer, message, .. } => {
-                    if !matches!(message, Message::Ping(_)) {
-                        self.sent.push((conn, id, answer, message));
-                    }
+                    self.sent.push((conn, id, answer, message));
                 }
                 Effect::Close { conn, .. } => self.closed.push(conn),
                 _ => {}

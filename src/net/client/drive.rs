@@ -322,6 +322,11 @@ impl Driver {
                 }
             }
             Effect::MarkStale { break_id, fids } => self.mark_stale(break_id, &fids),
+            Effect::CatchUp { mut fids } => {
+                let rights = &self.shared.rights;
+                rights.edit(|rights| fids.retain(|fid| rights.mode(*fid) == Mode::None));
+                self.mark(&fids);
+            }
             Effect::BumpEpoch => self.bump_epoch(),
             Effect::SetVolume { mode, raise } => self.shared.rights.edit(|rights| match raise {
                 true => rights.raise_volume(mode),
@@ -434,12 +439,7 @@ impl Driver {
                 rights.broken(*fid);
             }
         });
-        let (notices, marked) = hydrate::mark_stale(&self.cache, fids);
-        if let Err(e) = marked {
-            self.note_error(&format!("a broken promise cannot be noted: {e}"));
-            // Then everything counts as old: nothing stale may pass for fresh.
-            self.bump_epoch();
-        }
+        let notices = self.mark(fids);
         match break_id {
             None => self.notify(notices, Box::new(|| ())),
             Some(id) => {
@@ -448,6 +448,17 @@ impl Driver {
                 self.notify(notices, Box::new(done));
             }
         }
+    }
+
+    /// Notes that these are old, and says what the kernel must forget.
+    fn mark(&mut self, fids: &[Fid]) -> Vec<Notice> {
+        let (notices, marked) = hydrate::mark_stale(&self.cache, fids);
+        if let Err(e) = marked {
+            self.note_error(&format!("a broken promise cannot be noted: {e}"));
+            // Then everything counts as old: nothing stale may pass for fresh.
+            self.bump_epoch();
+        }
+        notices
     }
 
     /// Others need what we may do. What we have changed of it is shipped; what we have not changed
@@ -480,11 +491,7 @@ impl Driver {
         if fids.is_empty() && mode == Mode::None {
             return self.forget_all(done);
         }
-        let (notices, marked) = hydrate::mark_stale(&self.cache, &gone);
-        if let Err(e) = marked {
-            self.note_error(&format!("what was let go cannot be noted: {e}"));
-            self.bump_epoch();
-        }
+        let notices = self.mark(&gone);
         self.notify(notices, done);
     }
 
