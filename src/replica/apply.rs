@@ -9,7 +9,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use super::certify::{Clash, Verdict};
+use super::certify::{Clash, Verdict, certify};
 use super::meta::Meta;
 use super::ops::time_of_ns;
 use super::spool::Spool;
@@ -159,7 +159,7 @@ impl Volume {
         if seq <= self.nodes.seen(node) && !matches!(record.op, Op::Store { .. }) {
             return Ok(());
         }
-        let verdict = self.certify((node, seq), &record, content)?;
+        let verdict = certify(self, (node, seq), &record, content)?;
         log::trace!("{}: {node}:{} {:?}: {verdict:?}", self.name, seq.0, record.op);
         match verdict {
             Verdict::Apply => self.carry_out(record, content, out)?,
@@ -433,7 +433,7 @@ impl Volume {
 }
 
 /// Notes a change of the object; an older one than the last is no news.
-pub(super) fn restamped(meta: &mut Meta, node: u32, stamp: Stamp) {
+pub fn restamped(meta: &mut Meta, node: u32, stamp: Stamp) {
     if stamp <= meta.stamp {
         return;
     }
@@ -483,8 +483,8 @@ fn copy_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range]) -> fs::Result<()>
     Ok(())
 }
 
-/// Puts other fids for those that a record names.
-fn map_fids(op: &mut Op, map: impl Fn(Fid) -> Fid) {
+/// Puts other fids for those that a record names: what a client calls by its own, by the tree's.
+pub fn map_fids(op: &mut Op, map: impl Fn(Fid) -> Fid) {
     let at_map = |place: &mut Place| place.dir = map(place.dir);
     match op {
         Op::Noop => {}

@@ -4,16 +4,19 @@
 //! contents and attributes of everything else: a record of node n, based on a stamp, is current
 //! when nobody else has changed the object after that stamp. An outcome that is there already is no
 //! conflict, and no change: the same object at the name, the same contents, a name that is gone.
-//! Nothing here changes the tree, but that objects which are seen for the first time get a fid.
-
-use std::os::fd::OwnedFd;
+//!
+//! The decision is a function of the record and of what a [`View`] says of the tree, so that the
+//! simulation (tests/simulation) runs it over a model. Nothing here changes the tree, but that
+//! objects of a volume which are seen for the first time get a fid.
 
 use super::apply::Content;
 use super::meta::Meta;
+use super::ops::attr_of;
 use super::tree::{Dir, TreeError, is_own};
-use super::volume::{Result, Volume, VolumeError};
-use crate::kml::record::{self, Fid, Name, Op, Over, Place, ROOT, Range, Record, Seq, Stamp};
-use crate::sys::{Errno, fs};
+use super::volume::{self, Volume, VolumeError};
+use crate::kml::record::{self, Attr, Fid, Name, Op, Over, Place, ROOT, Range, Record, Seq, Stamp};
+use crate::sys::Errno;
+use crate::sys::fs::{self, Kind};
 
 /// Why a record does not fit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -49,189 +52,248 @@ pub enum Verdict {
 
 use Verdict::{Alias, Apply, Conflict, Same};
 
+/// An object as it is at the server now.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Seen {
+    pub meta: Meta,
+    pub attr: Attr,
+}
+
+impl Seen {
+    fn kind(&self) -> Kind {
+        Kind::of(self.attr.mode)
+    }
+    /// A file that loses its bytes with the name in question.
+    fn is_last_name(&self) -> bool {
+        self.kind() == Kind::File && self.attr.nlink == 1
+    }
+}
+
+/// What certification asks of a tree.
+pub trait View {
+    type Error;
+    /// What stands at a place; a clash when its directory is not there.
+    fn stands(&mut self, at: &Place) -> Result<Result<Option<Seen>, Clash>, Self::Error>;
+    /// The object, wherever it stands; `None` when it has no name.
+    fn find(&mut self, fid: Fid) -> Result<Option<Seen>, Self::Error>;
+    /// Where the symbolic link at a place leads.
+    fn target(&mut self, at: &Place) -> Result<Option<Vec<u8>>, Self::Error>;
+    /// Whether the file's bytes are those of the content, which record (node, seq) announced.
+    fn holds(
+        &mut self,
+        fid: Fid,
+        of: (u32, Seq),
+        ranges: &[Range],
+        content: Content<'_>,
+    ) -> Result<bool, Self::Error>;
+    /// The name of the attribute that is imz's own.
+    fn own_key(&self) -> &[u8];
+}
+
 /// Whether nobody but `node` has changed the object after `base`.
 fn is_current(meta: &Meta, node: u32, base: Stamp) -> bool {
     base >= if meta.author == node { meta.foreign } else { meta.stamp }
 }
 
-impl Volume {
-    /// # Errors
-    /// The tree cannot be read; nothing is decided.
-    pub(super) fn certify(
-        &mut self,
-        (node, seq): (u32, Seq),
-        record: &Record,
-        content: Content<'_>,
-    ) -> Result<Verdict> {
-        for place in record.op.places().into_iter().flatten() {
-            if place.dir == ROOT && is_own(place.name.as_bytes()) {
+/// What becomes of a record of `node`.
+///
+/// # Errors
+/// The tree cannot be read; nothing is decided.
+pub fn certify<V: View>(
+    view: &mut V,
+    (node, seq): (u32, Seq),
+    record: &Record,
+    content: Content<'_>,
+) -> Result<Verdict, V::Error> {
+    for place in record.op.places().into_iter().flatten() {
+        if place.dir == ROOT && is_own(place.name.as_bytes()) {
+            return Ok(Conflict(Clash::OwnName));
+        }
+    }
+    match &record.op {
+        Op::Noop => Ok(Same),
+        Op::Create { at, fid, .. } | Op::Mknod { at, fid, .. } => {
+            certify_new(view, node, at, *fid, None)
+        }
+        Op::Mkdir { at, fid, .. } => certify_new(view, node, at, *fid, Some((Kind::Dir, b""))),
+        Op::Symlink { at, fid, target } => {
+            certify_new(view, node, at, *fid, Some((Kind::Symlink, target)))
+        }
+        Op::Link { at, fid, .. } => match view.stands(at)? {
+            Err(clash) => Ok(Conflict(clash)),
+            Ok(Some(there)) if there.meta.fid == *fid => Ok(Same),
+            Ok(Some(_)) => Ok(Conflict(Clash::NameTaken)),
+            Ok(None) => Ok(certify_there(view.find(*fid)?.as_ref(), |_| Apply)),
+        },
+        Op::Rename { from, to, fid, over, .. } => {
+            certify_rename(view, node, (from, to), *fid, over)
+        }
+        Op::Unlink { at, gone } | Op::Rmdir { at, gone } => certify_removal(view, node, at, gone),
+        Op::Setattr { fid, base, new, .. } => {
+            Ok(certify_there(view.find(*fid)?.as_ref(), |there| {
+                let last_wins = there.kind() == Kind::Dir;
+                if last_wins || is_current(&there.meta, node, *base) {
+                    Apply
+                } else if is_set(new, &there.attr) {
+                    Same
+                } else {
+                    Conflict(Clash::Changed)
+                }
+            }))
+        }
+        Op::Setxattr { fid, base, name, .. } | Op::Removexattr { fid, base, name, .. } => {
+            if name == view.own_key() {
                 return Ok(Conflict(Clash::OwnName));
             }
+            Ok(certify_there(view.find(*fid)?.as_ref(), |there| {
+                let last_wins = there.kind() == Kind::Dir;
+                let fits = last_wins || is_current(&there.meta, node, *base);
+                if fits { Apply } else { Conflict(Clash::Changed) }
+            }))
         }
-        match &record.op {
-            Op::Noop => Ok(Same),
-            Op::Create { at, fid, .. } => self.certify_new(node, at, *fid, None),
-            Op::Mkdir { at, fid, .. } => {
-                self.certify_new(node, at, *fid, Some((fs::Kind::Dir, b"")))
-            }
-            Op::Symlink { at, fid, target } => {
-                self.certify_new(node, at, *fid, Some((fs::Kind::Symlink, target)))
-            }
-            Op::Mknod { at, fid, .. } => self.certify_new(node, at, *fid, None),
-            Op::Link { at, fid, .. } => match self.standing(at)? {
-                Err(clash) => Ok(Conflict(clash)),
-                Ok(Some((meta, _))) if meta.fid == *fid => Ok(Same),
-                Ok(Some(_)) => Ok(Conflict(Clash::NameTaken)),
-                Ok(None) => Ok(self.certify_there(*fid, |_, _| Apply)?.0),
-            },
-            Op::Rename { from, to, fid, over, .. } => {
-                self.certify_rename(node, (from, to), *fid, over)
-            }
-            Op::Unlink { at, gone } | Op::Rmdir { at, gone } => {
-                self.certify_removal(node, at, gone)
-            }
-            Op::Setattr { fid, base, new, .. } => {
-                let judge = |meta: &Meta, stat: &fs::Stat| {
-                    let last_wins = stat.kind() == fs::Kind::Dir;
-                    if last_wins || is_current(meta, node, *base) {
-                        Apply
-                    } else if is_set(new, stat) {
-                        Same
-                    } else {
-                        Conflict(Clash::Changed)
-                    }
-                };
-                Ok(self.certify_there(*fid, judge)?.0)
-            }
-            Op::Setxattr { fid, base, name, .. } | Op::Removexattr { fid, base, name, .. } => {
-                if name == self.tree.own_key() {
-                    return Ok(Conflict(Clash::OwnName));
+        Op::Store { fid, base, size, ranges, .. } => {
+            let there = view.find(*fid)?;
+            let verdict = certify_there(there.as_ref(), |there| {
+                let fits = is_current(&there.meta, node, *base);
+                if fits { Apply } else { Conflict(Clash::Changed) }
+            });
+            match (verdict, there) {
+                (Conflict(Clash::Gone), _) if content == Content::Gone => Ok(Same),
+                (Conflict(Clash::Changed), Some(there)) if there.attr.size == *size => {
+                    let same = view.holds(*fid, (node, seq), ranges, content)?;
+                    Ok(if same { Same } else { verdict })
                 }
-                let judge = |meta: &Meta, stat: &fs::Stat| {
-                    let last_wins = stat.kind() == fs::Kind::Dir;
-                    let fits = last_wins || is_current(meta, node, *base);
-                    if fits { Apply } else { Conflict(Clash::Changed) }
-                };
-                Ok(self.certify_there(*fid, judge)?.0)
-            }
-            Op::Store { fid, base, size, ranges, .. } => {
-                self.certify_store((node, seq), *fid, *base, (*size, ranges), content)
+                _ => Ok(verdict),
             }
         }
     }
+}
 
-    fn certify_new(
-        &mut self,
-        node: u32,
-        at: &Place,
-        fid: Fid,
-        alike: Option<(fs::Kind, &[u8])>,
-    ) -> Result<Verdict> {
-        if fid.node() != node || fid.counter() == 0 {
-            return Ok(Conflict(Clash::ForeignFid));
-        }
-        if !self.tree.names(fid)?.is_empty() && self.tree.place(fid).is_ok() {
-            return Ok(Same);
-        }
-        let there = match self.standing(at)? {
-            Err(clash) => return Ok(Conflict(clash)),
-            Ok(None) => return Ok(Apply),
-            Ok(Some(there)) => there,
-        };
-        match (there, alike) {
-            ((meta, _), _) if meta.fid == fid => Ok(Same),
-            ((meta, stat), Some((fs::Kind::Dir, _))) if stat.kind() == fs::Kind::Dir => {
-                Ok(Alias(meta.fid))
-            }
-            ((meta, stat), Some((fs::Kind::Symlink, target)))
-                if stat.kind() == fs::Kind::Symlink
-                    && self.readlink(at)?.as_deref() == Some(target) =>
-            {
-                Ok(Alias(meta.fid))
-            }
-            _ => Ok(Conflict(Clash::NameTaken)),
-        }
-    }
+fn certify_there(there: Option<&Seen>, judge: impl FnOnce(&Seen) -> Verdict) -> Verdict {
+    there.map_or(Conflict(Clash::Gone), judge)
+}
 
-    fn certify_rename(
-        &mut self,
-        node: u32,
-        (from, to): (&Place, &Place),
-        fid: Fid,
-        over: &Over,
-    ) -> Result<Verdict> {
-        let target = match self.standing(to)? {
-            Err(clash) => return Ok(Conflict(clash)),
-            Ok(target) => target,
-        };
-        let source = match self.standing(from)? {
-            Ok(Some((meta, _))) => Some(meta.fid),
-            _ => None,
-        };
-        if source != Some(fid) {
-            let there = target.is_some_and(|(meta, _)| meta.fid == fid);
-            return Ok(if there { Same } else { Conflict(Clash::OtherObject) });
+fn certify_new<V: View>(
+    view: &mut V,
+    node: u32,
+    at: &Place,
+    fid: Fid,
+    alike: Option<(Kind, &[u8])>,
+) -> Result<Verdict, V::Error> {
+    if fid.node() != node || fid.counter() == 0 {
+        return Ok(Conflict(Clash::ForeignFid));
+    }
+    if view.find(fid)?.is_some() {
+        return Ok(Same);
+    }
+    let there = match view.stands(at)? {
+        Err(clash) => return Ok(Conflict(clash)),
+        Ok(None) => return Ok(Apply),
+        Ok(Some(there)) => there,
+    };
+    let same = match alike {
+        _ if there.meta.fid == fid => return Ok(Same),
+        Some((Kind::Dir, _)) => there.kind() == Kind::Dir,
+        Some((Kind::Symlink, target)) => {
+            there.kind() == Kind::Symlink && view.target(at)?.as_deref() == Some(target)
         }
-        Ok(match (over, target) {
-            (Over::Nothing { .. } | Over::Replaced(_), None) => Apply,
-            // two names of one object: rename(2) leaves them both
-            (_, Some((meta, _))) if meta.fid == fid => Apply,
-            (Over::Nothing { .. }, Some(_)) => Conflict(Clash::NameTaken),
-            (Over::Replaced(gone), Some((meta, stat))) => {
-                let last = stat.nlink == 1 && stat.kind() == fs::Kind::File;
-                match meta.fid == gone.fid {
-                    false => Conflict(Clash::NameTaken),
-                    true if last && !is_current(&meta, node, gone.base) => Conflict(Clash::Changed),
-                    true => Apply,
-                }
-            }
-            (Over::Exchanged { fid, .. }, Some((meta, _))) if meta.fid == *fid => Apply,
-            (Over::Exchanged { .. }, _) => Conflict(Clash::OtherObject),
-        })
-    }
+        _ => false,
+    };
+    Ok(if same { Alias(there.meta.fid) } else { Conflict(Clash::NameTaken) })
+}
 
-    fn certify_removal(&mut self, node: u32, at: &Place, gone: &record::Gone) -> Result<Verdict> {
-        Ok(match self.standing(at)? {
-            Err(_) | Ok(None) => Same,
-            Ok(Some((meta, _))) if meta.fid != gone.fid => Conflict(Clash::OtherObject),
-            Ok(Some((meta, stat))) => {
-                let bytes = stat.kind() == fs::Kind::File && stat.nlink == 1;
-                let lost = bytes && !is_current(&meta, node, gone.base);
-                if lost { Conflict(Clash::Changed) } else { Apply }
-            }
-        })
+fn certify_rename<V: View>(
+    view: &mut V,
+    node: u32,
+    (from, to): (&Place, &Place),
+    fid: Fid,
+    over: &Over,
+) -> Result<Verdict, V::Error> {
+    let target = match view.stands(to)? {
+        Err(clash) => return Ok(Conflict(clash)),
+        Ok(target) => target,
+    };
+    let source = match view.stands(from)? {
+        Ok(Some(there)) => Some(there.meta.fid),
+        _ => None,
+    };
+    if source != Some(fid) {
+        let there = target.is_some_and(|there| there.meta.fid == fid);
+        return Ok(if there { Same } else { Conflict(Clash::OtherObject) });
     }
-
-    fn certify_store(
-        &mut self,
-        (node, seq): (u32, Seq),
-        fid: Fid,
-        base: Stamp,
-        (size, ranges): (u64, &[Range]),
-        content: Content<'_>,
-    ) -> Result<Verdict> {
-        let judge = |meta: &Meta, _: &fs::Stat| {
-            if is_current(meta, node, base) { Apply } else { Conflict(Clash::Changed) }
-        };
-        let (verdict, stat) = self.certify_there(fid, judge)?;
-        match (verdict, stat) {
-            (Conflict(Clash::Gone), _) if content == Content::Gone => Ok(Same),
-            (Conflict(Clash::Changed), Some(stat)) if stat.size == size => {
-                let file = self.tree.open_object(fid, fs::o::RDONLY | fs::o::NONBLOCK)?;
-                let same = self.holds(&file, (node, seq), ranges, content)?;
-                Ok(if same { Same } else { verdict })
+    Ok(match (over, target) {
+        (Over::Nothing { .. } | Over::Replaced(_), None) => Apply,
+        // two names of one object: rename(2) leaves them both
+        (_, Some(there)) if there.meta.fid == fid => Apply,
+        (Over::Nothing { .. }, Some(_)) => Conflict(Clash::NameTaken),
+        (Over::Replaced(gone), Some(there)) => {
+            let current = is_current(&there.meta, node, gone.base);
+            match there.meta.fid == gone.fid {
+                false => Conflict(Clash::NameTaken),
+                true if there.is_last_name() && !current => Conflict(Clash::Changed),
+                true => Apply,
             }
-            _ => Ok(verdict),
+        }
+        (Over::Exchanged { fid, .. }, Some(there)) if there.meta.fid == *fid => Apply,
+        (Over::Exchanged { .. }, _) => Conflict(Clash::OtherObject),
+    })
+}
+
+fn certify_removal<V: View>(
+    view: &mut V,
+    node: u32,
+    at: &Place,
+    gone: &record::Gone,
+) -> Result<Verdict, V::Error> {
+    Ok(match view.stands(at)? {
+        Err(_) | Ok(None) => Same,
+        Ok(Some(there)) if there.meta.fid != gone.fid => Conflict(Clash::OtherObject),
+        Ok(Some(there)) => {
+            let lost = there.is_last_name() && !is_current(&there.meta, node, gone.base);
+            if lost { Conflict(Clash::Changed) } else { Apply }
+        }
+    })
+}
+
+/// Whether the attributes have these values already.
+fn is_set(new: &record::Change, attr: &Attr) -> bool {
+    new.mode.is_none_or(|mode| mode == attr.mode & 0o7777)
+        && new.uid.is_none_or(|uid| uid == attr.uid)
+        && new.gid.is_none_or(|gid| gid == attr.gid)
+        && new.size.is_none_or(|size| size == attr.size)
+        && new.atime.is_none_or(|t| t == attr.atime)
+        && new.mtime.is_none_or(|t| t == attr.mtime)
+}
+
+impl View for Volume {
+    type Error = VolumeError;
+
+    fn stands(&mut self, at: &Place) -> volume::Result<Result<Option<Seen>, Clash>> {
+        Ok(self.standing(at)?.map(|there| there.map(seen)))
+    }
+    fn find(&mut self, fid: Fid) -> volume::Result<Option<Seen>> {
+        if fid == ROOT {
+            let root = self.tree.root();
+            return Ok(Some(seen((root.meta(), fs::fstat(&**root)?))));
+        }
+        match self.tree.place(fid) {
+            Ok((dir, name)) => Ok(self.at(&dir, &name)?.map(seen)),
+            Err(TreeError::Gone(_)) => Ok(None),
+            Err(e) => Err(e.into()),
         }
     }
-    /// Whether the file's bytes are those of the content.
+    fn target(&mut self, at: &Place) -> volume::Result<Option<Vec<u8>>> {
+        let dir = self.dir(at.dir)?;
+        Ok(fs::readlink(&*dir, at.name.as_bytes()).ok())
+    }
     fn holds(
-        &self,
-        file: &OwnedFd,
+        &mut self,
+        fid: Fid,
         (node, seq): (u32, Seq),
         ranges: &[Range],
         content: Content<'_>,
-    ) -> Result<bool> {
+    ) -> volume::Result<bool> {
+        let file = &self.tree.open_object(fid, fs::o::RDONLY | fs::o::NONBLOCK)?;
         let spooled = match content {
             Content::Spooled => Some(self.spool.get(node, seq).map_err(TreeError::from)?),
             _ => None,
@@ -263,13 +325,22 @@ impl Volume {
         }
         Ok(true)
     }
+    fn own_key(&self) -> &[u8] {
+        self.tree.own_key()
+    }
+}
 
+fn seen((meta, stat): (Meta, fs::Stat)) -> Seen {
+    Seen { meta, attr: attr_of(&stat) }
+}
+
+impl Volume {
     /// What stands at a place now; a clash when its directory is not there.
     #[allow(clippy::type_complexity)] // once a verdict, once an object: a type would say no more
     pub(super) fn standing(
         &mut self,
         at: &Place,
-    ) -> Result<std::result::Result<Option<(Meta, fs::Stat)>, Clash>> {
+    ) -> volume::Result<Result<Option<(Meta, fs::Stat)>, Clash>> {
         let dir = match self.dir(at.dir) {
             Ok(dir) => dir,
             Err(VolumeError::Gone(_) | VolumeError::NotADir) => return Ok(Err(Clash::DirGone)),
@@ -277,7 +348,11 @@ impl Volume {
         };
         self.at(&dir, &at.name).map(Ok)
     }
-    pub(super) fn at(&mut self, dir: &Dir, name: &Name) -> Result<Option<(Meta, fs::Stat)>> {
+    pub(super) fn at(
+        &mut self,
+        dir: &Dir,
+        name: &Name,
+    ) -> volume::Result<Option<(Meta, fs::Stat)>> {
         match self.seen(dir, name) {
             Ok(there) => Ok(Some(there)),
             Err(VolumeError::Os(Errno::NOENT)) => Ok(None),
@@ -288,38 +363,4 @@ impl Volume {
             Err(e) => Err(e),
         }
     }
-    fn certify_there(
-        &mut self,
-        fid: Fid,
-        judge: impl FnOnce(&Meta, &fs::Stat) -> Verdict,
-    ) -> Result<(Verdict, Option<fs::Stat>)> {
-        if fid == ROOT {
-            let root = self.tree.root();
-            return Ok((judge(&root.meta(), &fs::fstat(&**root)?), None));
-        }
-        let (dir, name) = match self.tree.place(fid) {
-            Ok(place) => place,
-            Err(TreeError::Gone(_)) => return Ok((Conflict(Clash::Gone), None)),
-            Err(e) => return Err(e.into()),
-        };
-        match self.at(&dir, &name)? {
-            Some((meta, stat)) => Ok((judge(&meta, &stat), Some(stat))),
-            None => Ok((Conflict(Clash::Gone), None)),
-        }
-    }
-    fn readlink(&self, at: &Place) -> Result<Option<Vec<u8>>> {
-        let dir = self.dir(at.dir)?;
-        Ok(fs::readlink(&*dir, at.name.as_bytes()).ok())
-    }
-}
-
-/// Whether the attributes have these values already.
-fn is_set(new: &record::Change, stat: &fs::Stat) -> bool {
-    let time = |t: &record::Time, have: (i64, u32)| (t.sec, t.nsec) == have;
-    new.mode.is_none_or(|mode| mode == stat.mode & 0o7777)
-        && new.uid.is_none_or(|uid| uid == stat.uid)
-        && new.gid.is_none_or(|gid| gid == stat.gid)
-        && new.size.is_none_or(|size| size == stat.size)
-        && new.atime.as_ref().is_none_or(|t| time(t, stat.atime))
-        && new.mtime.as_ref().is_none_or(|t| time(t, stat.mtime))
 }

@@ -20,7 +20,7 @@ pub mod merge;
 pub mod pending;
 
 pub mod apply;
-mod certify;
+pub mod certify;
 mod conflict;
 mod live;
 mod nodes;
