@@ -72,13 +72,14 @@ struct Reader {
 
 #[derive(Default)]
 pub(super) struct Fetcher {
-    listings: HashMap<Fid, Listing>,
-    looks: HashMap<Fid, Look>,
     permits: Vec<Permit>,
     /// what was given a moment ago, the newest last
     given: VecDeque<(Instant, Fid)>,
     last_permit: u64,
-    files: HashMap<Fid, File>,
+    // in order, so that the same events always have the same effects
+    listings: BTreeMap<Fid, Listing>,
+    looks: BTreeMap<Fid, Look>,
+    files: BTreeMap<Fid, File>,
     readers: HashMap<Fid, Reader>,
     waited: VecDeque<(Fid, u64)>,
     ahead: VecDeque<(Fid, u64)>,
@@ -487,13 +488,13 @@ impl Fetcher {
     /// Nobody is to wait any longer.
     pub fn give_up(&mut self, line: &mut Line) {
         let away = Err(Unmet::Unreachable);
-        for (_, listing) in self.listings.drain() {
+        for (_, listing) in std::mem::take(&mut self.listings) {
             line.resolve(listing.tickets, away);
         }
-        for (_, look) in self.looks.drain() {
+        for (_, look) in std::mem::take(&mut self.looks) {
             line.resolve(look.tickets, away);
         }
-        for (_, file) in self.files.drain() {
+        for (_, file) in std::mem::take(&mut self.files) {
             line.resolve(file.wants.into_iter().map(|(ticket, _)| ticket), away);
         }
         self.waited.clear();

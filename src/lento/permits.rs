@@ -16,7 +16,7 @@
 //! time loses the connection. What it then still ships is certified (replica's matter).
 //! Source: the token servers of DFS and Calypso; leases by Gray and Cheriton.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::message::{Break, Code, FIDS_MAX, Granted, Message, Recall, Released, Since};
@@ -81,14 +81,14 @@ pub(super) struct Permits {
     holders: BTreeMap<ConnId, Holder>,
     queue: VecDeque<Waiting>,
     /// what is being let go; `None`: the whole volume
-    underway: HashSet<(ConnId, Option<Fid>)>,
+    underway: BTreeSet<(ConnId, Option<Fid>)>,
     /// nodes with rights, as the next life was told
     live: BTreeSet<u32>,
 }
 
 /// Recalls of all volumes, by connection and request.
 #[derive(Default)]
-pub(super) struct Lettings(HashMap<(ConnId, u64), Letting>);
+pub(super) struct Lettings(BTreeMap<(ConnId, u64), Letting>);
 
 impl Need {
     /// Whether two clients' needs exclude each other. What nobody asked for excludes nothing.

@@ -190,8 +190,8 @@ pub struct Server {
     pub(super) settings: Settings,
     pub(super) volumes: Vec<Volume>,
     pub(super) peers: BTreeMap<ConnId, Peer>,
-    /// by the id of the request
-    pub(super) breaks: HashMap<(ConnId, u64), BreakWait>,
+    /// by the id of the request; in order, so that the same events always have the same effects
+    pub(super) breaks: BTreeMap<(ConnId, u64), BreakWait>,
     pub(super) lettings: Lettings,
     pub(super) effects: VecDeque<Effect>,
     pub(super) last_id: u64,
@@ -206,7 +206,7 @@ impl Server {
             settings,
             volumes: Vec::new(),
             peers: BTreeMap::new(),
-            breaks: HashMap::new(),
+            breaks: BTreeMap::new(),
             lettings: Lettings::default(),
             effects: VecDeque::new(),
             last_id: 0,
