@@ -468,7 +468,9 @@ impl Server {
                 Need::ReadAll if !holder.rights.any_write() => {}
                 Need::ReadAll if holder.rights.volume() == Mode::None => {
                     let apart = holder.rights.apart().filter(|(_, mode)| *mode == Mode::Write);
-                    out.push((*of, apart.map(|(fid, _)| fid).collect(), Mode::Read));
+                    let mut fids: Vec<Fid> = apart.map(|(fid, _)| fid).collect();
+                    fids.sort_unstable();
+                    out.push((*of, fids, Mode::Read));
                 }
                 Need::ReadAll => out.push((*of, Vec::new(), Mode::Read)),
                 Need::WriteAll => {

@@ -2,7 +2,8 @@
 //!
 //! A promise is made with every object that is given out, and ends when its break is sent, or with
 //! the connection. Two kinds of holders are not kept by object: a client that came back and trusts
-//! its whole cache (`blanket`: it hears of every first break), and one that holds more than
+//! its whole cache (`blanket`: it hears of every first break, and of the second one where it came
+//! back between the two), and one that holds more than
 //! [`PROMISES_MAX`] (`all`: it hears of every break, so the memory for a client is bounded).
 //! A promise costs 40 to 80 bytes, and less for each further holder of the object.
 //! Source: the callbacks of AFS.
@@ -23,8 +24,9 @@ pub struct ConnId(pub u32);
 pub enum Round {
     /// before the change is applied: everybody who may hold the objects
     Before,
-    /// after it: those who fetched the objects in between
-    After,
+    /// after it: those who fetched the objects in between, or came back when so many blankets had
+    /// been given ([`Promises::blankets`])
+    After { since: u64 },
 }
 
 /// Almost always one client holds an object: no allocation for it.
@@ -53,7 +55,8 @@ impl Holders {
 #[derive(Default, Debug)]
 struct Holder {
     count: usize,
-    blanket: bool,
+    /// the how manieth it was
+    blanket: Option<u64>,
     all: bool,
 }
 
@@ -62,13 +65,15 @@ struct Holder {
 pub struct Promises {
     objects: HashMap<Fid, Holders>,
     holders: BTreeMap<ConnId, Holder>,
+    /// blankets that were given so far
+    blankets: u64,
     count_max: usize,
 }
 
 impl Promises {
     /// `count_max`: promises kept one by one for each client.
     pub fn new(count_max: usize) -> Promises {
-        Promises { objects: HashMap::new(), holders: BTreeMap::new(), count_max }
+        Promises { objects: HashMap::new(), holders: BTreeMap::new(), blankets: 0, count_max }
     }
     /// The client was given the object.
     pub fn give(&mut self, conn: ConnId, fid: Fid) {
@@ -88,13 +93,18 @@ impl Promises {
         }
         holder.count += 1;
         if holder.count > self.count_max {
-            *holder = Holder { count: 0, blanket: false, all: true };
+            *holder = Holder { count: 0, blanket: None, all: true };
             self.drop_objects(conn);
         }
     }
     /// The client trusts everything in its cache from now on.
     pub fn give_blanket(&mut self, conn: ConnId) {
-        self.holders.entry(conn).or_default().blanket = true;
+        self.blankets += 1;
+        self.holders.entry(conn).or_default().blanket = Some(self.blankets);
+    }
+    /// How many blankets were given so far: what the second break of a change asks for.
+    pub fn blankets(&self) -> u64 {
+        self.blankets
     }
     /// Ends the promises for these objects, but for the author of their change, and says who must
     /// be told of which.
@@ -107,7 +117,13 @@ impl Promises {
         let mut out: BTreeMap<ConnId, Vec<Fid>> = BTreeMap::new();
         let mut every: Vec<ConnId> = Vec::new();
         for (conn, holder) in &self.holders {
-            let hears = holder.all || (holder.blanket && round == Round::Before);
+            let hears = match (holder.blanket, round) {
+                _ if holder.all => true,
+                (Some(_), Round::Before) => true,
+                // it asked what had changed before this had, and after others were told
+                (Some(given), Round::After { since }) => given > since,
+                (None, _) => false,
+            };
             if hears && *conn != author {
                 every.push(*conn);
             }
@@ -138,7 +154,7 @@ impl Promises {
     }
     /// Whether the client holds any promise at all.
     pub fn is_holder(&self, conn: ConnId) -> bool {
-        self.holders.get(&conn).is_some_and(|h| h.count > 0 || h.blanket || h.all)
+        self.holders.get(&conn).is_some_and(|h| h.count > 0 || h.blanket.is_some() || h.all)
     }
     /// Whether it holds so many that it hears of every change.
     pub fn is_all(&self, conn: ConnId) -> bool {
@@ -222,9 +238,9 @@ mod tests {
     fn a_client_that_fetched_in_between_is_told_again() {
         let mut p = promises();
         p.take(&[Fid(10)], A, Round::Before);
-        assert!(p.take(&[Fid(10)], A, Round::After).is_empty());
+        assert!(p.take(&[Fid(10)], A, Round::After { since: 1 }).is_empty());
         p.give(B, Fid(10));
-        assert_eq!(list(&p.take(&[Fid(10)], A, Round::After)), [(B, vec![10])]);
+        assert_eq!(list(&p.take(&[Fid(10)], A, Round::After { since: 1 })), [(B, vec![10])]);
     }
 
     #[test]
@@ -233,8 +249,18 @@ mod tests {
         p.give_blanket(C);
         let out = p.take(&[Fid(7), Fid(12)], A, Round::Before);
         assert_eq!(list(&out), [(C, vec![7, 12])]);
-        assert!(p.take(&[Fid(7), Fid(12)], A, Round::After).is_empty());
+        assert!(p.take(&[Fid(7), Fid(12)], A, Round::After { since: 1 }).is_empty());
         assert!(p.take(&[Fid(7)], C, Round::Before).is_empty(), "its own change");
+    }
+
+    #[test]
+    fn a_client_that_comes_back_between_the_breaks_hears_of_the_second() {
+        let mut p = promises();
+        p.give_blanket(C);
+        let since = p.blankets();
+        p.take(&[Fid(7)], A, Round::Before);
+        p.give_blanket(B);
+        assert_eq!(list(&p.take(&[Fid(7)], A, Round::After { since })), [(B, vec![7])]);
     }
 
     #[test]
@@ -245,7 +271,7 @@ mod tests {
         }
         assert_eq!(p.len(), 3, "only those of B and C are kept one by one");
         assert_eq!(list(&p.take(&[Fid(5)], B, Round::Before)), [(A, vec![5])]);
-        assert_eq!(list(&p.take(&[Fid(5)], B, Round::After)), [(A, vec![5])]);
+        assert_eq!(list(&p.take(&[Fid(5)], B, Round::After { since: 1 })), [(A, vec![5])]);
     }
 
     #[test]

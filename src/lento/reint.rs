@@ -63,6 +63,8 @@ pub(super) struct Batch {
     /// and what was made, with the directory
     made: Vec<(Fid, Fid)>,
     stage: Stage,
+    /// blankets that were given when it was told of first
+    blankets: u64,
     /// breaks that are not answered
     waiting: usize,
     synced: bool,
@@ -77,6 +79,10 @@ impl Batch {
     /// Applied, and not acknowledged yet.
     pub(super) fn is_applied(&self) -> bool {
         matches!(self.stage, Stage::Settling(_))
+    }
+    /// Applied, and so many have not answered that they know of it.
+    pub(super) fn unsettled(&self) -> Option<(Ticket, usize)> {
+        (self.is_applied() && self.waiting > 0).then_some((self.ticket, self.waiting))
     }
     /// Ended early: what is behind it will not be applied.
     fn is_short(&self) -> bool {
@@ -175,6 +181,7 @@ impl Server {
             gone,
             made,
             stage: Stage::Fetching,
+            blankets: 0,
             waiting: 0,
             synced: false,
             applied: Applied::default(),
@@ -200,9 +207,10 @@ impl Server {
         if batch.stage == Stage::Fetching && batch.fetches.iter().all(Fetch::is_done) {
             batch.stage = Stage::Breaking;
             let (ticket, touched) = (batch.ticket, batch.touched.clone());
+            let blankets = self.volumes[volume].promises.blankets();
             let count = self.send_breaks((conn, ticket), volume, &touched, Round::Before, now);
             if let Some(batch) = self.batch(conn, ticket) {
-                batch.waiting = count;
+                (batch.waiting, batch.blankets) = (count, blankets);
             }
         }
         let Some(peer) = self.peers.get_mut(&conn) else { return };
@@ -305,12 +313,29 @@ impl Server {
     /// A break was answered, or nobody is there any more to answer it.
     pub(super) fn on_break_over(&mut self, conn: ConnId, id: u64, now: Instant) {
         let Some(wait) = self.breaks.remove(&(conn, id)) else { return };
-        let Some(author) = self.author(wait.ticket) else { return };
-        if let Some(batch) = self.batch(author, wait.ticket) {
-            batch.waiting = batch.waiting.saturating_sub(1);
+        for ticket in wait.tickets {
+            let Some(author) = self.author(ticket) else {
+                self.settle(ticket, now);
+                continue;
+            };
+            if let Some(batch) = self.batch(author, ticket) {
+                batch.waiting = batch.waiting.saturating_sub(1);
+            }
+            self.advance(author, now);
+            self.acknowledge(author);
         }
-        self.advance(author, now);
-        self.acknowledge(author);
+    }
+
+    /// One more knows of a change whose author has left.
+    fn settle(&mut self, ticket: Ticket, now: Instant) {
+        for volume in &mut self.volumes {
+            let Some((_, waiting)) = volume.unsettled.get_mut(&ticket) else { continue };
+            *waiting -= 1;
+            if *waiting == 0 {
+                volume.unsettled.remove(&ticket);
+            }
+        }
+        self.welcome_all(now);
     }
 
     /// The records of a batch are in the tree and the journal, though not durably.
@@ -319,9 +344,10 @@ impl Server {
         let no = self.volumes[volume].applied;
         // the author may have left meanwhile; what it changed is told all the same
         let conn = self.author(ticket).unwrap_or(ConnId(u32::MAX));
-        let mut touched = applied.also.clone();
+        let (mut touched, mut since) = (applied.also.clone(), 0);
         if let Some(batch) = self.batch(conn, ticket) {
             touched.extend_from_slice(&batch.touched);
+            since = batch.blankets;
         } else {
             touched.extend(applied.stamps.iter().map(|(fid, _)| *fid));
         }
@@ -331,7 +357,8 @@ impl Server {
         if !applied.also.is_empty() {
             count += self.send_breaks((conn, ticket), volume, &applied.also, Round::Before, now);
         }
-        count += self.send_breaks((conn, ticket), volume, &touched, Round::After, now);
+        let round = Round::After { since };
+        count += self.send_breaks((conn, ticket), volume, &touched, round, now);
         if let Some(batch) = self.batch(conn, ticket) {
             batch.stage = Stage::Settling(no);
             batch.waiting = count;

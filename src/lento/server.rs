@@ -133,6 +133,9 @@ pub(super) struct Volume {
     pub(super) nodes: HashMap<u32, ConnId>,
     /// contents that were half fetched when their client went away
     pub(super) parked: Parked,
+    /// changes whose author left before all had answered that they know: the author's node, and
+    /// how many have not
+    pub(super) unsettled: BTreeMap<Ticket, (u32, usize)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -154,6 +157,8 @@ pub(super) struct Peer {
     /// the newest record of its journal when it came
     pending: Seq,
     pub(super) keeps: bool,
+    /// what is kept of it, until it can be told
+    met: Option<Seq>,
     pub(super) volume: VolumeNo,
     pub(super) node: u32,
     /// the newest record that is in the tree, though perhaps not durably
@@ -171,9 +176,19 @@ impl Peer {
     }
 }
 
+/// A break that is not answered.
 pub(super) struct BreakWait {
-    pub(super) ticket: Ticket,
+    /// the batches that wait for the answer: until it comes, the holder may trust what it has
+    pub(super) tickets: Vec<Ticket>,
+    /// ascending
+    fids: Vec<Fid>,
     pub(super) until: Instant,
+}
+
+impl BreakWait {
+    fn is_about(&self, fids: &[Fid]) -> bool {
+        fids.iter().any(|fid| self.fids.binary_search(fid).is_ok())
+    }
 }
 
 /// For people: one connection.
@@ -227,6 +242,7 @@ impl Server {
             dead: false,
             nodes: HashMap::new(),
             parked: Parked::default(),
+            unsettled: BTreeMap::new(),
         });
         self.volumes.len() - 1
     }
@@ -266,6 +282,7 @@ impl Server {
             hello_id: 0,
             pending: Seq(0),
             keeps: false,
+            met: None,
             volume: 0,
             node: 0,
             applied: Seq(0),
@@ -291,6 +308,9 @@ impl Server {
         }
         for batch in peer.batches {
             self.queue_len -= batch.len();
+            if let Some((ticket, waiting)) = batch.unsettled() {
+                volume.unsettled.insert(ticket, (peer.node, waiting));
+            }
             for fetch in batch.into_fetches() {
                 if let Some(key) = volume.parked.put(fetch) {
                     self.effects.push_back(Effect::Unspool { volume: peer.volume, key });
@@ -393,14 +413,33 @@ impl Server {
             _ => {}
         }
     }
-    /// The client is `node`, and everything up to `acked` of it is kept durably.
+    /// The client is `node`, and everything up to `acked` of it is kept durably. It hears so once
+    /// nobody trusts what is older than that any more.
     pub fn on_met(&mut self, conn: ConnId, node: u32, acked: Seq, now: Instant) {
         let Some(peer) = self.peers.get_mut(&conn) else { return };
-        (peer.state, peer.node) = (State::Live, node);
+        (peer.node, peer.met) = (node, Some(acked));
+        let before = self.volumes[peer.volume].nodes.insert(node, conn);
+        if let Some(before) = before.filter(|before| *before != conn) {
+            self.close(before, Why::Replaced, now);
+        }
+        self.welcome(conn, now);
+    }
+    /// Welcomes clients that waited until others knew of their last changes.
+    pub(super) fn welcome_all(&mut self, now: Instant) {
+        let met = self.peers.iter().filter(|(_, peer)| peer.met.is_some());
+        for conn in met.map(|(conn, _)| *conn).collect::<Vec<_>>() {
+            self.welcome(conn, now);
+        }
+    }
+    fn welcome(&mut self, conn: ConnId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&conn) else { return };
+        let (no, node, id) = (peer.volume, peer.node, peer.hello_id);
+        let pending = peer.pending;
+        let volume = &self.volumes[no];
+        let unsettled = volume.unsettled.values().any(|(of, _)| *of == node);
+        let Some(acked) = peer.met.take_if(|_| !unsettled) else { return };
+        peer.state = State::Live;
         (peer.expected, peer.applied) = (acked, acked);
-        let (no, id, pending) = (peer.volume, peer.hello_id, peer.pending);
-        let volume = &mut self.volumes[no];
-        let before = volume.nodes.insert(node, conn);
         let welcome = Welcome {
             version: VERSION,
             volume_id: volume.id,
@@ -410,9 +449,6 @@ impl Server {
             volume: volume.name.clone(),
         };
         self.answer(conn, id, welcome.into());
-        if let Some(before) = before.filter(|before| *before != conn) {
-            self.close(before, Why::Replaced, now);
-        }
         self.on_permits_met(conn, pending, acked, now);
     }
     /// The client cannot be taken.
@@ -492,7 +528,8 @@ impl Server {
         }
     }
 
-    /// Tells the holders of these objects, and lets the batch wait for their answers.
+    /// Tells the holders of these objects, and lets the batch wait for their answers, and for those
+    /// of holders who were told for another's sake. Returns how many it waits for.
     pub(super) fn send_breaks(
         &mut self,
         (conn, ticket): (ConnId, Ticket),
@@ -501,6 +538,15 @@ impl Server {
         round: Round,
         now: Instant,
     ) -> usize {
+        let mut count = 0;
+        for ((holder, _), wait) in &mut self.breaks {
+            let here = self.peers.get(holder).is_some_and(|peer| peer.volume == volume);
+            let other = *holder != conn && here && !wait.tickets.contains(&ticket);
+            if other && wait.is_about(fids) {
+                wait.tickets.push(ticket);
+                count += 1;
+            }
+        }
         let told = self.volumes[volume].promises.take(fids, conn, round);
         let permits = &self.volumes[volume].permits;
         let told: Vec<(ConnId, Vec<Fid>)> = told
@@ -511,11 +557,13 @@ impl Server {
             })
             .filter(|(holder, fids)| !fids.is_empty() && self.peers.contains_key(holder))
             .collect();
-        let count = told.len();
-        for (holder, fids) in told {
+        count += told.len();
+        for (holder, mut fids) in told {
+            fids.sort_unstable();
+            let of = fids.clone();
             let id = self.request(holder, false, super::message::Break { fids }.into());
             let until = now + self.settings.break_max;
-            self.breaks.insert((holder, id), BreakWait { ticket, until });
+            self.breaks.insert((holder, id), BreakWait { tickets: vec![ticket], fids: of, until });
         }
         count
     }

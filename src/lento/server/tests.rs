@@ -573,3 +573,55 @@ fn a_batch_message_never_reaches_it_undecoded() {
     rig.say(A, 3, Batch { after: Seq(0), upto: Seq(0), items: vec![] }.into());
     assert_eq!(closed(&rig.take()), [(A, Why::OutOfTurn(20))]);
 }
+
+/// Another client, as node 3.
+fn third(rig: &mut Rig) -> ConnId {
+    let conn = ConnId(3);
+    rig.server.on_connect(conn, rig.now);
+    rig.say(conn, 1, hello("v").into());
+    rig.server.on_met(conn, 3, Seq(0), rig.now);
+    rig.take();
+    conn
+}
+
+// Found by the simulation: seed 39 of its first version.
+#[test]
+fn a_change_waits_for_breaks_that_were_sent_for_another_one() {
+    let mut rig = two();
+    let c = third(&mut rig);
+    rig.give(c, &[50]);
+    rig.batch(A, 0, vec![store(1, 50, 2, Some(vec![1, 2]))]);
+    let told = breaks(&rig.take());
+    assert_eq!(told.len(), 1);
+    rig.batch(B, 0, vec![store(1, 50, 2, Some(vec![3, 4]))]);
+    assert_eq!(rig.take(), [], "the holder is told already, but it has not answered");
+    rig.reply(c, told[0].1, pong());
+    assert_eq!(rig.take().iter().filter(is_apply).count(), 2);
+}
+
+// Found by the simulation: seed 39 of its first version.
+#[test]
+fn an_author_that_comes_back_hears_of_its_change_when_all_know_of_it() {
+    let mut rig = two();
+    rig.batch(A, 0, vec![store(1, 50, 2, Some(vec![1, 2]))]);
+    let effects = rig.take();
+    rig.give(B, &[50]);
+    rig.applied(effects.iter().find(is_apply).unwrap());
+    let told = breaks(&rig.take());
+    assert_eq!(told.len(), 1, "it has fetched the object in between");
+    rig.server.on_synced(0, Some(Stamp(101)));
+    let again = ConnId(3);
+    rig.server.on_connect(again, rig.now);
+    rig.say(again, 1, hello("v").into());
+    rig.server.on_met(again, 1, Seq(1), rig.now);
+    let welcome = |effects: &[Effect]| {
+        let is_welcome =
+            |e: &Effect| matches!(e, Effect::Send { message: Message::Welcome(_), .. });
+        effects.iter().any(is_welcome)
+    };
+    let effects = rig.take();
+    assert_eq!(closed(&effects), [(A, Why::Replaced)]);
+    assert!(!welcome(&effects), "it says that the change is complete");
+    rig.reply(B, told[0].1, pong());
+    assert!(welcome(&rig.take()));
+}
