@@ -25,7 +25,7 @@ use super::fetch::Fetcher;
 use super::message::*;
 use super::policy;
 use super::rights::Mode;
-use super::ship::{Bell, Shipper};
+use super::ship::{Bell, Heard, Shipper};
 use crate::kml::record::{Fid, Seq, Stamp};
 
 /// Most breaks that wait for the kernel at one time; a server that sends more is not ours.
@@ -809,13 +809,19 @@ impl Client {
     }
 
     fn on_acked(&mut self, id: u64, m: Acked, now: Instant) {
-        if !self.shipper.on_acked(id, m.upto, now) {
+        let heard = self.shipper.on_acked(id, m.upto, now);
+        if let Heard::Nonsense = heard {
             return self.close("the server acknowledges what it was not sent", now);
         }
         let (upto, stamp) = (m.upto, m.stamp);
         self.line.effect(Effect::Acked { upto, stamps: m.stamps, conflicts: m.conflicts });
         self.is_current(stamp);
         self.let_go();
+        if let Heard::Short = heard {
+            let what = "the server could not take all changes".to_owned();
+            self.line.effect(Effect::NotTaken { what });
+            self.shipper.on_failed(&mut self.line, now);
+        }
         self.shipper.fill(&mut self.line, now);
     }
 

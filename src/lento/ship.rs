@@ -31,6 +31,16 @@ pub struct Bell {
 /// No batch was acknowledged for too long.
 pub(super) struct Stalled;
 
+/// What an acknowledgement says.
+pub(super) enum Heard {
+    /// the batch is there
+    All,
+    /// only the beginning of it: the rest must be sent again
+    Short,
+    /// nothing so new was ever sent
+    Nonsense,
+}
+
 struct InFlight {
     id: u64,
     upto: Seq,
@@ -178,11 +188,11 @@ impl Shipper {
         self.moved_at = now;
     }
 
-    /// False when nothing so new was ever sent.
-    pub fn on_acked(&mut self, id: u64, upto: Seq, now: Instant) -> bool {
+    pub fn on_acked(&mut self, id: u64, upto: Seq, now: Instant) -> Heard {
         if upto > self.settled {
-            return false;
+            return Heard::Nonsense;
         }
+        let whole = self.in_flight.iter().find(|batch| batch.id == id).map(|batch| batch.upto);
         if let Some(at) = self.in_flight.iter().position(|batch| batch.id == id) {
             let done = self.in_flight.drain(..=at);
             self.shipped_len += done.map(|batch| batch.len).sum::<u64>();
@@ -194,7 +204,7 @@ impl Shipper {
         self.acked = self.acked.max(upto);
         self.sent = self.sent.max(upto);
         self.target = self.target.max(upto);
-        true
+        if whole.is_some_and(|whole| upto < whole) { Heard::Short } else { Heard::All }
     }
 
     /// The server could not take a batch: all that is not acknowledged goes again, after a rest.

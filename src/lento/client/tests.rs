@@ -569,6 +569,22 @@ fn a_gap_begins_a_new_connection_and_a_failure_a_rest() {
     assert!(matches!(rig.effects()[0], Effect::Close { .. }));
 }
 
+// Found by the simulation: seed 1257 of its first version.
+#[test]
+fn what_the_server_did_not_take_is_sent_again() {
+    let mut rig = Rig::online(0, 30);
+    rig.effects();
+    rig.client.on_ship_now(rig.now);
+    rig.effects();
+    rig.client.on_batch_cut(batch(0, 30), 0, rig.now);
+    let sent = rig.sent();
+    let (upto, stamp) = (Seq(12), Stamp(50));
+    rig.answer(sent[0].0, Acked { upto, stamps: vec![], conflicts: vec![], stamp });
+    assert!(rig.effects().contains(&Effect::RestartShipping));
+    rig.pass(1000);
+    assert_eq!(rig.effects(), [Effect::CutBatch { after: Seq(12), upto: Seq(30) }]);
+}
+
 #[test]
 fn a_server_from_an_older_backup_gets_what_is_left() {
     let mut rig = Rig::new(20, 30);
