@@ -125,6 +125,7 @@ impl Cache {
             let entry = entry?;
             pending.add(entry.seq, &entry.record);
         }
+        pending.doubt_all();
         let (epoch, held_len) = (state.facts().epoch, log.cursor(HELD_LEN));
         Ok(Cache {
             tree,

@@ -205,16 +205,10 @@ pub(super) fn update_dir(
 ) -> Result<()> {
     let own = cache.pending().own(dir.fid);
     let epoch = cache.epoch();
+    let again = cache.pending().doubt(dir.fid, mark);
     cache.tree.edit_dir(dir, |meta| {
-        let same = meta.stamp == object.stamp && !meta.stale;
-        // Its attributes are known; what it contains only if nothing has changed since.
-        meta.stale = !listed && meta.complete && !same;
-        meta.complete |= listed;
-        // The version is that of what it contains.
-        if !meta.stale {
-            meta.stamp = meta.stamp.max(object.stamp);
-        }
-        meta.epoch = epoch;
+        meta.dir_came(object.stamp, epoch, listed);
+        meta.stale |= again;
         meta.nlink = if meta.complete { 0 } else { nlink(object, 0) };
     })?;
     if own.attr > mark {
@@ -388,27 +382,22 @@ fn mark(cache: &Cache, fids: &[Fid], always: bool) -> (Vec<Notice>, Result<()>) 
     (notices, result)
 }
 
-/// The server keeps own changes: the objects have these stamps now. `conflicts` kept the server's
-/// version: they, and the directories where they stand here, are to be fetched again.
+/// The server keeps own changes up to here: the objects have these stamps now. `conflicts` kept the
+/// server's version: they, and the directories where they stand here, are to be fetched again; so
+/// are directories that came before it was known that these changes are in them.
 ///
 /// # Errors
 /// An object could not be marked. All others are.
 pub fn acked(
     cache: &Cache,
+    upto: Seq,
     stamps: &[(Fid, Stamp)],
     conflicts: &[Fid],
 ) -> (Vec<Notice>, Result<()>) {
     let mut result = Ok(());
     let epoch = cache.epoch();
     for (fid, stamp) in stamps {
-        let done = edit(cache, *fid, |meta| {
-            // What was not current does not become so by an own change; and what is changed here
-            // next must not pass for a change of a version that is not here.
-            meta.stale |= meta.epoch != epoch;
-            if !meta.stale {
-                meta.stamp = meta.stamp.max(*stamp);
-            }
-        });
+        let done = edit(cache, *fid, |meta| meta.kept(*stamp, epoch));
         if let Err(e) = not_gone(done) {
             result = Err(e);
         }
@@ -417,6 +406,7 @@ pub fn acked(
     for fid in conflicts {
         lost.extend(cache.tree.names(*fid).unwrap_or_default().into_iter().map(|(dir, _)| dir));
     }
+    lost.extend(cache.pending().take_doubtful(upto));
     lost.sort_unstable();
     lost.dedup();
     let (notices, marked) = mark(cache, &lost, true);

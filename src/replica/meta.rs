@@ -65,6 +65,29 @@ impl Meta {
         Meta { fid, stamp, base_size: size, have, ..Meta::default() }
     }
 
+    /// The server keeps an own change, and gave the object this stamp with it.
+    pub fn kept(&mut self, stamp: Stamp, epoch: u32) {
+        // What was not current does not become so by an own change; and what is changed here next
+        // must not pass for a change of a version that is not here.
+        self.stale |= self.epoch != epoch;
+        if !self.stale {
+            self.stamp = self.stamp.max(stamp);
+        }
+    }
+
+    /// The attributes of a directory have come. `listed`: all its entries are here now.
+    pub fn dir_came(&mut self, stamp: Stamp, epoch: u32, listed: bool) {
+        let same = self.stamp == stamp && !self.stale;
+        // Its attributes are known; what it contains only if nothing has changed since.
+        self.stale = !listed && self.complete && !same;
+        self.complete |= listed;
+        // The version is that of what it contains.
+        if !self.stale {
+            self.stamp = self.stamp.max(stamp);
+        }
+        self.epoch = epoch;
+    }
+
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(FIXED_LEN + self.have.len());
         let flags = if self.complete { COMPLETE } else { 0 } | if self.stale { STALE } else { 0 };

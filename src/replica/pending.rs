@@ -7,7 +7,7 @@
 //! already ([`Pending::let_go`]): the server says nothing about it before it has our changes, or
 //! the connection breaks. Its owner makes it safe for threads.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::kml::record::{Fid, Name, Op, Record, Seq};
 
@@ -48,6 +48,9 @@ pub struct Pending {
     len: u64,
     written_len: u64,
     acked: Seq,
+    /// directories that came while the server was not known to have own changes of them, up to
+    /// these records
+    doubtful: BTreeMap<Fid, Seq>,
     /// entries up to here have gone
     pruned: Seq,
     acked_since_prune: usize,
@@ -103,6 +106,31 @@ impl Pending {
             self.waiting.pop_front();
             self.acked_since_prune += 1;
         }
+    }
+
+    /// What came about a directory, asked for when the server had `mark`, left alone what newer own
+    /// records changed. Perhaps it had them in it already, and others had changed the same names
+    /// since. True when such a record is acknowledged by now: the directory is to be looked at anew.
+    /// For those that are not, [`Pending::take_doubtful`] names it later.
+    pub fn doubt(&mut self, dir: Fid, mark: Seq) -> bool {
+        let own = self.own(dir);
+        if own.newest() > self.acked.max(mark) {
+            self.doubtful.insert(dir, own.newest());
+        }
+        let too_late = |seq: Seq| seq > mark && seq <= self.acked;
+        let names = || self.names.get(&dir).into_iter().flat_map(HashMap::values);
+        too_late(own.attr) || (own.entries > mark && names().any(|seq| too_late(*seq)))
+    }
+    /// After a start nobody knows what came in the life before.
+    pub fn doubt_all(&mut self) {
+        let dirs: Vec<Fid> = self.names.keys().copied().collect();
+        for dir in dirs {
+            self.doubt(dir, self.acked);
+        }
+    }
+    /// The server keeps everything up to here: these directories must be looked at anew.
+    pub fn take_doubtful(&mut self, upto: Seq) -> Vec<Fid> {
+        self.doubtful.extract_if(.., |_, seq| *seq <= upto).map(|(dir, _)| dir).collect()
     }
 
     /// The server turned out to have no more than this: see `ServerBehind`. What it lost counts
@@ -273,6 +301,23 @@ mod tests {
         let mut newer: Vec<Fid> = table.newer_than(Seq(5)).collect();
         newer.sort();
         assert_eq!(newer, [Fid(7)]);
+    }
+
+    #[test]
+    fn a_directory_that_came_too_early_is_looked_at_again() {
+        let mut table = Pending::new(Seq(0));
+        table.add(Seq(1), &create(1, "a", 9));
+        table.add(Seq(2), &create(1, "b", 10));
+        table.add(Seq(3), &create(2, "c", 11));
+        assert!(!table.doubt(Fid(1), Seq(0)));
+        assert_eq!(table.take_doubtful(Seq(1)), []);
+        assert_eq!(table.take_doubtful(Seq(3)), [Fid(1)]);
+        table.doubt_all();
+        table.acked(Seq(3));
+        assert_eq!(table.take_doubtful(Seq(3)), [Fid(1), Fid(2)]);
+        assert!(table.doubt(Fid(1), Seq(1)), "its last change was acknowledged meanwhile");
+        assert!(!table.doubt(Fid(1), Seq(2)), "it is in what came");
+        assert_eq!(table.take_doubtful(Seq(9)), []);
     }
 
     #[test]
