@@ -250,9 +250,10 @@ fn put_entry(
         notices.push(Notice::Entry { dir: dir.fid, name: name.clone() });
     }
     if let Some((from, old)) = &found.elsewhere {
-        if cache.pending().name(from.fid, old) > mark
-            || !bring(cache, dir, name, from, old, object)?
-        {
+        // One more name takes nothing from the others.
+        let is_link = kind != Kind::Dir && object.attr.nlink > 1 && from.fid != LIMBO;
+        let ours = !is_link && cache.pending().name(from.fid, old) > mark;
+        if ours || !bring(cache, dir, name, (from, old), object, is_link)? {
             listing.kept = true;
             return Ok(());
         }
@@ -272,14 +273,13 @@ fn bring(
     cache: &Cache,
     dir: &Dir,
     name: &Name,
-    from: &Dir,
-    old: &Name,
+    (from, old): (&Dir, &Name),
     object: &Remote,
+    is_link: bool,
 ) -> Result<bool> {
     let (kind, when) = (Kind::of(object.attr.mode), fs::fstat(dir)?.mtime);
     let was = fs::fstat(from)?;
     let when = Time { sec: when.0, nsec: when.1 };
-    let is_link = kind != Kind::Dir && object.attr.nlink > 1 && from.fid != LIMBO;
     let done = if fs::stat(from, old.as_bytes())?.kind() != kind {
         Ok(())
     } else if is_link {
