@@ -69,7 +69,11 @@ pub fn answer_of(cache: &Cache, read: &Read) -> Message {
     match answer() {
         Ok(message) => message,
         Err(TreeError::Gone(_) | TreeError::Os(Errno::NOENT | Errno::LOOP)) => {
-            failed(Code::Gone, "the file is gone".to_owned())
+            // What took it away must not be lost with the power now: it is not asked for again.
+            match cache.log.sync(cache.log.last()) {
+                Ok(()) => failed(Code::Gone, "the file is gone".to_owned()),
+                Err(e) => failed(Code::Io, e.to_string()),
+            }
         }
         Err(e) => failed(Code::Io, e.to_string()),
     }

@@ -152,6 +152,11 @@ impl Cutter {
             }
             let wire = codec::encode_wire(record, *seq).map_err(LogError::Unwritable)?;
             let data = content(cache, record);
+            if data.as_ref().is_some_and(|data| (data.len() as u64) < data_len(record)) {
+                // What took the file away must not be lost with the power now: the server will not
+                // ask for the contents again.
+                cache.log.sync(cache.log.last())?;
+            }
             len += wire.len() + data.as_ref().map_or(0, Vec::len);
             content_len += data_len(record);
             items.push(Item { record: wire, data });
