@@ -2,6 +2,7 @@
 //! events go in by `on_*` with `now` as an argument, effects come out by `poll`.
 
 pub mod client;
+pub mod faults;
 mod fetch;
 pub mod intake;
 pub mod locks;

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use crate::kml::record::{Fid, Op, Over, Seq, Stamp};
 
+use super::faults::{Fault, is_planted};
 use super::intake::{Arrival, Change, Content, Fetch, Key, Piece};
 use super::message::{Acked, Code, Data, Failed, Read, Stamped};
 use super::promises::{ConnId, Round};
@@ -149,7 +150,7 @@ impl Server {
         if self.volumes[peer.volume].dead {
             return self.fail(conn, id, Code::Io, "the server's journal has failed");
         }
-        if after != peer.expected {
+        if after != peer.expected && !is_planted(Fault::PastGap) {
             let what = format!("expected a batch after {}", peer.expected.0);
             return self.fail(conn, id, Code::Gap, &what);
         }
@@ -208,7 +209,10 @@ impl Server {
             batch.stage = Stage::Breaking;
             let (ticket, touched) = (batch.ticket, batch.touched.clone());
             let blankets = self.volumes[volume].promises.blankets();
-            let count = self.send_breaks((conn, ticket), volume, &touched, Round::Before, now);
+            let count = match is_planted(Fault::BreakAfterReply) {
+                false => self.send_breaks((conn, ticket), volume, &touched, Round::Before, now),
+                true => 0,
+            };
             if let Some(batch) = self.batch(conn, ticket) {
                 (batch.waiting, batch.blankets) = (count, blankets);
             }
@@ -353,12 +357,14 @@ impl Server {
         }
         touched.sort_unstable();
         touched.dedup();
-        let mut count = 0;
-        if !applied.also.is_empty() {
+        let (mut count, mistaken) = (0, is_planted(Fault::BreakAfterReply));
+        if !applied.also.is_empty() && !mistaken {
             count += self.send_breaks((conn, ticket), volume, &applied.also, Round::Before, now);
         }
-        let round = Round::After { since };
-        count += self.send_breaks((conn, ticket), volume, &touched, round, now);
+        if !mistaken {
+            let round = Round::After { since };
+            count += self.send_breaks((conn, ticket), volume, &touched, round, now);
+        }
         if let Some(batch) = self.batch(conn, ticket) {
             batch.stage = Stage::Settling(no);
             batch.waiting = count;
@@ -421,12 +427,15 @@ impl Server {
         loop {
             let Some(peer) = self.peers.get_mut(&conn) else { return };
             let stamp = self.volumes[peer.volume].durable;
-            if !peer.batches.front().is_some_and(|b| b.is_applied() && b.synced && b.waiting == 0) {
+            let synced = |b: &Batch| b.synced || is_planted(Fault::UnsyncedAck);
+            let done = |b: &Batch| b.is_applied() && synced(b) && b.waiting == 0;
+            if !peer.batches.front().is_some_and(done) {
                 return;
             }
             let Some(batch) = peer.batches.pop_front() else { return };
             self.queue_len -= batch.len;
             let short = batch.is_short();
+            let touched = batch.touched;
             let Applied { upto, stamps, conflicts, failure, .. } = batch.applied;
             let stamps = stamps.into_iter().map(|(fid, stamp)| Stamped { fid, stamp }).collect();
             match failure {
@@ -436,10 +445,21 @@ impl Server {
                     self.answer(conn, batch.id, acked.into());
                 }
             }
+            if is_planted(Fault::BreakAfterReply) {
+                self.break_late(conn, &touched);
+            }
             if short {
                 self.drop_from(conn, 0, upto);
                 return;
             }
+        }
+    }
+
+    /// What must never be done.
+    fn break_late(&mut self, conn: ConnId, touched: &[Fid]) {
+        let Some(volume) = self.peers.get(&conn).map(|peer| peer.volume) else { return };
+        for (holder, fids) in self.volumes[volume].promises.take(touched, conn, Round::Before) {
+            self.request(holder, false, super::message::Break { fids }.into());
         }
     }
 

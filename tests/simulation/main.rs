@@ -1,0 +1,81 @@
+//! The simulation: several clients and a server in one process, on virtual time, from a seed.
+//!
+//! Real are the machines of lento, the optimiser, the encoding of records, the table of what pends,
+//! certification and the rules of stamps. Models are the trees, the caches and the volume over them
+//! (cache.rs, volume.rs), disks that lose what was not synced, the network and the clocks
+//! (world.rs). What must hold is in check.rs and history.rs.
+//!
+//! `cargo test --test simulation` runs a fixed set of seeds. `IMZ_SEEDS=FROM..TO` runs these instead,
+//! as many operations each as `IMZ_OPS` says, and prints histories per minute. A seed that fails is
+//! shrunk, and its story printed.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)] // here they are the message
+
+mod apps;
+mod cache;
+mod client;
+mod history;
+mod linear;
+mod plan;
+#[cfg(feature = "planted-faults")]
+mod planted;
+mod rng;
+mod server;
+mod shrink;
+mod tree;
+mod volume;
+mod world;
+
+use std::time::Instant;
+
+use plan::Plan;
+use shrink::{Ended, fails, run};
+
+/// Operations of a history, unless told otherwise.
+const OPS: usize = 200;
+/// Seeds that every run of the tests covers.
+const SEEDS: std::ops::Range<u64> = 0..300;
+
+fn seeds() -> (std::ops::Range<u64>, usize) {
+    let number = |text: &str| text.trim().parse::<u64>().expect("a number");
+    let ops = std::env::var("IMZ_OPS").map_or(OPS, |ops| number(&ops) as usize);
+    let seeds = std::env::var("IMZ_SEEDS").map_or(SEEDS, |seeds| {
+        let (from, to) = seeds.split_once("..").expect("IMZ_SEEDS=FROM..TO");
+        number(from)..number(to)
+    });
+    (seeds, ops)
+}
+
+#[test]
+fn histories_keep_their_promises() {
+    let (seeds, ops) = seeds();
+    let (begun, count) = (Instant::now(), seeds.end - seeds.start);
+    let mut events = 0;
+    for seed in seeds {
+        match run(&Plan::of(seed, ops)) {
+            Ended::Well { events: count } => events += count,
+            Ended::Badly(why) => fails(&Plan::of(seed, ops), &why),
+        }
+    }
+    let minutes = begun.elapsed().as_secs_f64() / 60.0;
+    let per_minute = count as f64 / minutes;
+    println!("{count} histories of {ops} operations, {events} events: {per_minute:.0} a minute");
+}
+
+#[test]
+fn a_seed_is_the_same_history_for_ever() {
+    for seed in 0..5 {
+        let stories: Vec<Vec<String>> = (0..2)
+            .map(|_| {
+                let mut world = world::World::new(&Plan::of(seed, OPS), true);
+                let _ = world.run();
+                world.ctx.story.take().unwrap()
+            })
+            .collect();
+        assert!(stories[0].len() > OPS);
+        for (a, b) in stories[0].iter().zip(&stories[1]) {
+            assert_eq!(a, b, "seed {seed}");
+        }
+        assert_eq!(stories[0].len(), stories[1].len(), "seed {seed}");
+    }
+}

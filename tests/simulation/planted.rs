@@ -1,0 +1,49 @@
+//! Faults that are planted on purpose: each is caught within 1,000 histories, or the simulation is
+//! not worth its name.
+
+use imz::lento::faults::{Fault, plant};
+
+use crate::OPS;
+use crate::plan::Plan;
+use crate::shrink::{Ended, run};
+
+/// A fault that is not caught by then goes unseen.
+const HISTORIES_MAX: u64 = 1000;
+
+fn is_caught(fault: Fault) {
+    plant(Some(fault));
+    let caught = (0..HISTORIES_MAX).find_map(|seed| match run(&Plan::of(seed, OPS)) {
+        Ended::Badly(why) => Some((seed, why)),
+        Ended::Well { .. } => None,
+    });
+    plant(None);
+    let (seed, why) = caught.unwrap_or_else(|| panic!("{fault:?} goes unseen"));
+    println!("{fault:?}: caught by history {}: {why}", seed + 1);
+    // and it is the fault that was seen
+    assert!(matches!(run(&Plan::of(seed, OPS)), Ended::Well { .. }), "{fault:?}: seed {seed}");
+}
+
+#[test]
+fn a_promise_broken_after_the_reply_is_caught() {
+    is_caught(Fault::BreakAfterReply);
+}
+
+#[test]
+fn a_cursor_apart_from_its_records_is_caught() {
+    is_caught(Fault::CursorApart);
+}
+
+#[test]
+fn a_batch_applied_past_a_gap_is_caught() {
+    is_caught(Fault::PastGap);
+}
+
+#[test]
+fn an_unsynced_acknowledgement_is_caught() {
+    is_caught(Fault::UnsyncedAck);
+}
+
+#[test]
+fn an_eviction_of_dirty_data_is_caught() {
+    is_caught(Fault::DirtyEvicted);
+}
