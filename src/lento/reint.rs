@@ -305,9 +305,26 @@ impl Server {
     }
     /// A content could not be kept.
     pub fn on_spool_failed(&mut self, volume: VolumeNo, key: Key, why: (Code, &str), now: Instant) {
+        // It may have been the last piece: then what is to be applied next lacks it.
+        let lacks = |effect: &Effect| {
+            matches!(effect, Effect::Apply { volume: no, node, changes, .. }
+                if (*no, *node) == (volume, key.node) && changes.iter().any(|c| c.seq == key.seq))
+        };
+        let mut ticket = None;
+        if let Some(at) = self.effects.iter().position(lacks)
+            && let Some(Effect::Apply { ticket: of, changes, .. }) = self.effects.remove(at)
+        {
+            ticket = Some(of);
+            for change in changes.iter().filter(|change| change.content == Content::Spooled) {
+                let key = Key { node: key.node, seq: change.seq };
+                self.effects.push_back(Effect::Unspool { volume, key });
+            }
+        }
         let Some(conn) = self.volumes[volume].nodes.get(&key.node).copied() else { return };
         let Some(peer) = self.peers.get(&conn) else { return };
-        let of_key = |batch: &&Batch| batch.changes.iter().any(|change| change.seq == key.seq);
+        let of_key = |batch: &&Batch| {
+            Some(batch.ticket) == ticket || batch.changes.iter().any(|change| change.seq == key.seq)
+        };
         if let Some(batch) = peer.batches.iter().find(of_key) {
             let ticket = batch.ticket;
             self.give_up(conn, ticket, why, now);

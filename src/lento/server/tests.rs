@@ -625,3 +625,17 @@ fn an_author_that_comes_back_hears_of_its_change_when_all_know_of_it() {
     rig.reply(B, told[0].1, pong());
     assert!(welcome(&rig.take()));
 }
+
+// Found by the simulation: seed 9, with permits.
+#[test]
+fn nothing_is_applied_whose_last_piece_could_not_be_kept() {
+    let mut rig = two();
+    rig.batch(A, 0, vec![store(1, 50, 5, None)]);
+    let asked = reads(&rig.take());
+    rig.reply(A, asked[0].0, data(0, 5, 1));
+    let Some(Effect::Spool { volume, key, .. }) = rig.server.poll() else { panic!() };
+    rig.server.on_spool_failed(volume, key, (Code::NoSpace, "full"), rig.now);
+    let effects = rig.take();
+    assert_eq!(effects.iter().filter(is_apply).count(), 0);
+    assert_eq!(failed(&effects), [(1000, Code::NoSpace)]);
+}
