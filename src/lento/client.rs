@@ -322,6 +322,8 @@ pub struct Client {
     /// what may be done with the volume, but for single objects
     volume: Mode,
     lettings: Vec<Letting>,
+    /// what was recalled before it is known what may be done with the volume
+    recalled: Vec<Recall>,
     /// recalls of what was given just now
     held_back: Vec<(Instant, u64, Recall)>,
     /// when somebody last had to ask, without a right to read all
@@ -363,6 +365,7 @@ impl Client {
             state: State::Away { retry_at: now },
             volume: Mode::None,
             lettings: Vec::new(),
+            recalled: Vec::new(),
             held_back: Vec::new(),
             asked_at: VecDeque::new(),
             asks_all: false,
@@ -539,6 +542,7 @@ impl Client {
         }
         self.set_volume(Mode::None, false);
         self.lettings.clear();
+        self.recalled.clear();
         self.held_back.clear();
         self.asked_at.clear();
         self.asks_all = false;
@@ -606,6 +610,9 @@ impl Client {
     }
 
     fn on_recall(&mut self, id: u64, m: Recall) {
+        if self.state == State::CatchingUp {
+            self.recalled.push(m.clone());
+        }
         self.lettings.push(Letting { id, target: None, kept: Vec::new(), told: false });
         if m.fids.is_empty() {
             self.volume = m.mode;
@@ -796,7 +803,15 @@ impl Client {
         if m.more && !m.lost {
             return self.since(ask, m.upto, now);
         }
-        self.set_volume(m.volume, ask == Ask::ReadAll);
+        // What was recalled on the way is not given back with the volume.
+        let recalled = std::mem::take(&mut self.recalled);
+        let whole = recalled.iter().filter(|m| m.fids.is_empty()).map(|m| m.mode);
+        let volume = whole.fold(m.volume, Mode::min);
+        self.set_volume(volume, ask == Ask::ReadAll);
+        let fids: Vec<Fid> = recalled.into_iter().flat_map(|m| m.fids).collect();
+        if !fids.is_empty() {
+            self.line.effect(Effect::SetModes { fids, mode: Mode::None });
+        }
         if ask == Ask::ReadAll {
             self.asks_all = false;
             return;

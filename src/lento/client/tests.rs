@@ -693,3 +693,22 @@ fn patience_can_be_chosen() {
     rig.pass(2_000);
     assert_eq!(Rig::resolved(&rig.effects()), [(1, Err(Unmet::Unreachable))]);
 }
+
+// Found by the simulation: seed 9, with permits.
+#[test]
+fn what_is_recalled_while_catching_up_does_not_come_with_the_volume() {
+    let mut rig = Rig::new(0, 0);
+    rig.connect();
+    let hello = rig.sent().pop().unwrap();
+    let (volume_id, volume) = ([2; 16], "v".to_owned());
+    let (stamp, acked) = (Stamp(60), Seq(0));
+    rig.answer(hello.0, Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume });
+    let since = rig.sent().pop().unwrap();
+    rig.client.on_message(7, false, Recall { fids: vec![A], mode: Mode::Read }.into(), rig.now);
+    let (upto, volume) = (Stamp(60), Mode::Write);
+    rig.answer(since.0, Changes { fids: vec![], upto, more: false, lost: false, volume });
+    let effects: Vec<Effect> = std::iter::from_fn(|| rig.client.poll()).collect();
+    let at = |wanted: &Effect| effects.iter().position(|effect| effect == wanted).unwrap();
+    let given = at(&Effect::SetVolume { mode: Mode::Write, raise: false });
+    assert!(given < at(&Effect::SetModes { fids: vec![A], mode: Mode::None }));
+}
