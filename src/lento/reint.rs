@@ -387,12 +387,13 @@ impl Server {
             batch.waiting = count;
             batch.applied = Applied { upto: applied.upto.max(batch.after), ..applied };
             let (gone, made) = (std::mem::take(&mut batch.gone), std::mem::take(&mut batch.made));
-            let upto = batch.applied.upto;
+            let (upto, kept) = (batch.applied.upto, batch.applied.conflicts.clone());
             for fid in touched.into_iter().filter(|fid| !gone.contains(fid)) {
                 // what it changed, it has in its cache
                 self.promise(volume, conn, fid);
             }
-            let gone: Vec<Fid> = gone.into_iter().collect();
+            // What was to go and was kept, because others had changed it, has not gone.
+            let gone: Vec<Fid> = gone.into_iter().filter(|fid| !kept.contains(fid)).collect();
             self.on_made(volume, conn, &made, &gone);
             if let Some(peer) = self.peers.get_mut(&conn) {
                 (peer.moved_at, peer.applied) = (now, peer.applied.max(upto));
