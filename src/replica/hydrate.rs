@@ -384,7 +384,8 @@ fn mark(cache: &Cache, fids: &[Fid], always: bool) -> (Vec<Notice>, Result<()>) 
 
 /// The server keeps own changes up to here: the objects have these stamps now. `conflicts` kept the
 /// server's version: they, and the directories where they stand here, are to be fetched again; so
-/// are directories that came before it was known that these changes are in them.
+/// are directories that came before it was known that these changes are in them, and objects of
+/// which nobody tells what others change (not `known`).
 ///
 /// # Errors
 /// An object could not be marked. All others are.
@@ -393,11 +394,12 @@ pub fn acked(
     upto: Seq,
     stamps: &[(Fid, Stamp)],
     conflicts: &[Fid],
+    known: impl Fn(Fid) -> bool,
 ) -> (Vec<Notice>, Result<()>) {
     let mut result = Ok(());
     let epoch = cache.epoch();
     for (fid, stamp) in stamps {
-        let done = edit(cache, *fid, |meta| meta.kept(*stamp, epoch));
+        let done = edit(cache, *fid, |meta| meta.kept(*stamp, epoch, known(*fid)));
         if let Err(e) = not_gone(done) {
             result = Err(e);
         }

@@ -65,11 +65,12 @@ impl Meta {
         Meta { fid, stamp, base_size: size, have, ..Meta::default() }
     }
 
-    /// The server keeps an own change, and gave the object this stamp with it.
-    pub fn kept(&mut self, stamp: Stamp, epoch: u32) {
+    /// The server keeps an own change, and gave the object this stamp with it. `known`: what others
+    /// change of it is told.
+    pub fn kept(&mut self, stamp: Stamp, epoch: u32, known: bool) {
         // What was not current does not become so by an own change; and what is changed here next
         // must not pass for a change of a version that is not here.
-        self.stale |= self.epoch != epoch;
+        self.stale |= self.epoch != epoch || !known;
         if !self.stale {
             self.stamp = self.stamp.max(stamp);
         }

@@ -512,7 +512,9 @@ impl Driver {
     fn on_acked(&mut self, upto: Seq, stamps: &[Stamped], conflicts: &[Fid], now: Instant) {
         let stamps: Vec<(Fid, Stamp)> = stamps.iter().map(|s| (s.fid, s.stamp)).collect();
         self.shared.facts().last_error = None;
-        let (notices, marked) = hydrate::acked(&self.cache, upto, &stamps, conflicts);
+        let (notices, marked) = hydrate::acked(&self.cache, upto, &stamps, conflicts, |fid| {
+            self.shared.rights.mode(fid) != Mode::None
+        });
         if let Err(e) = marked {
             self.note_error(&format!("new stamps cannot be noted: {e}"));
         }

@@ -323,7 +323,7 @@ fn an_acknowledgement_gives_no_stamp_to_what_is_not_here() {
     mark_stale(&rig.cache, &[Fid(12)]).1.unwrap();
     // Own renames, say: the server applied them after somebody's new contents of f.
     let stamps = [(Fid(12), Stamp(8)), (Fid(13), Stamp(9))];
-    acked(&rig.cache, Seq(0), &stamps, &[]).1.unwrap();
+    acked(&rig.cache, Seq(0), &stamps, &[], |_| true).1.unwrap();
     assert!(rig.meta(12).stale && rig.meta(12).stamp == Stamp(5));
     assert_eq!(rig.meta(13).stamp, Stamp(9));
 }
@@ -552,14 +552,14 @@ fn acknowledgements_bring_stamps_and_conflicts() {
     rig.cache.bump_epoch().unwrap();
     let seq = rig.own_create(10, "new", 30);
     let (notices, done) =
-        acked(&rig.cache, Seq(0), &[(Fid(30), Stamp(21)), (Fid(10), Stamp(21))], &[]);
+        acked(&rig.cache, Seq(0), &[(Fid(30), Stamp(21)), (Fid(10), Stamp(21))], &[], |_| true);
     done.unwrap();
     assert_eq!(notices, []);
     rig.cache.pending().acked(seq);
     assert_eq!(rig.meta(30).stamp, Stamp(21));
     assert!(rig.cache.valid(&rig.meta(30)));
     assert!(rig.meta(10).stale, "it was old before, and its new stamp must not hide that");
-    let (notices, done) = acked(&rig.cache, Seq(0), &[], &[Fid(30)]);
+    let (notices, done) = acked(&rig.cache, Seq(0), &[], &[Fid(30)], |_| true);
     done.unwrap();
     assert!(notices.contains(&Notice::Object { fid: Fid(30), dir: false }));
     assert!(notices.contains(&Notice::Object { fid: Fid(10), dir: true }));
