@@ -2,6 +2,7 @@
 //! something is missing, and is tried again when that was fetched.
 
 use imz::kml::record::{Change, Fid, Gone, Name, Op as Change_, Over, Place, ROOT, Seq, Time};
+use imz::lento::rights::{self, Mode};
 use imz::sys::Errno;
 
 use crate::cache::Cache;
@@ -10,7 +11,7 @@ use crate::plan::{Micros, Op};
 use crate::tree::{BLOCK_LEN, Node, set};
 
 /// After so many fetches an operation takes what is here; after more it is given up.
-const FRESH_TRIES_MAX: u32 = 8;
+const FRESH_TRIES_MAX: u32 = 32;
 const TRIES_MAX: u32 = 64;
 
 /// What must be fetched.
@@ -20,6 +21,8 @@ pub enum Want {
     Object(Fid),
     /// from, to
     Bytes(Fid, u64, u64),
+    /// these are to be changed
+    Permit(Vec<Fid>),
 }
 
 #[derive(Debug)]
@@ -146,6 +149,7 @@ impl Run {
             Op::Write { path, at, blocks, truncate, hold } => {
                 if self.stage == 0 {
                     self.fid = fs.open(path, *truncate)?;
+                    fs.permitted([self.fid].into_iter())?;
                     fs.cache.begin_writing(self.fid);
                     self.stage = 1;
                     if *hold > 0 {
@@ -289,8 +293,11 @@ impl Filter<'_> {
 
     fn note_name(&mut self, dir: Fid, name: &Name, found: Option<Fid>) {
         // a directory that was made here is not at the server yet
-        let ours = self.cache.pending.name(dir, name) > self.cache.heard
-            || self.cache.pending.is_ours(dir)
+        let about = |op: &Change_| {
+            let at = op.places().into_iter().flatten().any(|at| at.dir == dir && at.name == *name);
+            at || op.fid() == Some(dir)
+        };
+        let ours = self.cache.has_own(about)
             // it stays until the server has what only we have of it
             || found.is_some_and(|fid| self.cache.is_needed(fid, self.cache.heard));
         if !ours {
@@ -305,7 +312,7 @@ impl Filter<'_> {
         }
     }
     fn is_ours(&self, fid: Fid) -> bool {
-        self.cache.pending.is_ours(fid) || self.cache.writers.contains_key(&fid)
+        self.cache.has_own(|op| op.fid() == Some(fid)) || self.cache.writers.contains_key(&fid)
     }
     fn note_mode(&mut self, fid: Fid) {
         if let Some(node) = self.cache.tree.get(fid)
@@ -363,9 +370,21 @@ impl Filter<'_> {
         self.change(op, &meta)?;
         Ok(fid)
     }
+    /// Stops with a miss where one of the objects may not be changed.
+    fn permitted(&self, fids: impl Iterator<Item = Fid>) -> Result_<()> {
+        let fids: Vec<Fid> = fids.collect();
+        let may = fids.iter().all(|fid| self.cache.may(*fid, Mode::Write));
+        if may { Ok(()) } else { Err(Stop::Miss(Want::Permit(fids))) }
+    }
     fn change(&mut self, op: Change_, meta: &imz::replica::meta::Meta) -> Result_<()> {
+        self.permitted(rights::needs(&op))?;
         let when = self.cache.now();
-        Ok(self.cache.change(op.clone(), |cache| cache.tree.perform(&op, when, meta))?)
+        let made = rights::made(&op).filter(|(dir, _)| self.cache.rights.mode(*dir) == Mode::Write);
+        self.cache.change(op.clone(), |cache| cache.tree.perform(&op, when, meta))?;
+        if let Some((_, fid)) = made {
+            self.cache.rights.set(fid, Mode::Write);
+        }
+        Ok(())
     }
     fn gone(&self, fid: Fid) -> Result_<Gone> {
         let node = self.node(fid)?;
@@ -403,6 +422,7 @@ impl Filter<'_> {
             return Err(Errno::ISDIR.into());
         }
         let op = Change_::Unlink { at: self.place(dir, &name)?, gone: self.gone(fid)? };
+        self.permitted(rights::needs(&op))?;
         self.before_loss(fid)?;
         self.change(op, &Default::default())?;
         self.cache.drop_nameless(fid);
@@ -456,6 +476,7 @@ impl Filter<'_> {
         let base = self.node(fid)?.meta.stamp;
         let (from, to) = (self.place(old_dir, &old)?, self.place(new_dir, &new)?);
         let op = Change_::Rename { from, to, fid, base, over };
+        self.permitted(rights::needs(&op))?;
         let mut trial = self.cache.tree.clone();
         if trial.perform(&op, self.cache.now(), &Default::default()).is_ok()
             && let Some(other) = replaced

@@ -7,6 +7,7 @@ use imz::kml::record::{Change, Fid, Name, Op, Origin, ROOT, Range, Record, Seq, 
 use imz::lento::client::Bytes;
 use imz::lento::message::{Object, Page};
 use imz::lento::policy;
+use imz::lento::rights::{Mode, Rights};
 use imz::replica::meta::Meta;
 use imz::replica::ops::time_of_ns;
 use imz::replica::pending::Pending;
@@ -66,6 +67,8 @@ pub struct Cache {
     pub pending: Pending,
     pub writers: BTreeMap<Fid, Writer>,
     pub online: bool,
+    /// what may be done without asking
+    pub rights: Rights,
     epoch: u32,
     /// as they were last written down
     pub acked: Seq,
@@ -99,6 +102,7 @@ impl Cache {
             pending: Pending::new(Seq(0)),
             writers: BTreeMap::new(),
             online: false,
+            rights: Rights::default(),
             epoch: 1,
             acked: Seq(0),
             current: Stamp(0),
@@ -127,7 +131,31 @@ impl Cache {
     /// Whether what is here of the object may be shown.
     pub fn is_valid(&self, meta: &Meta) -> bool {
         let ours = self.is_unsaved(meta.fid) || self.pending.is_ours(meta.fid);
-        policy::answers(self.is_current(meta), ours, self.online) || self.as_is
+        let valid = policy::answers(self.is_current(meta), ours, self.online);
+        (valid && self.may(meta.fid, Mode::Read)) || self.as_is
+    }
+    /// Whether a record that the server is not known to have is of this kind.
+    pub fn has_own(&self, kind: impl Fn(&Op) -> bool) -> bool {
+        let unheard = &self.journal[(self.heard.0 as usize).min(self.journal.len())..];
+        unheard.iter().any(|entry| entry.done && kind(&entry.record.op))
+    }
+    /// Whether nobody else stands against it. Away from the server nobody can be asked.
+    pub fn may(&self, fid: Fid, mode: Mode) -> bool {
+        self.rights.mode(fid) >= mode || !self.online
+    }
+    /// What can be done now with the object, without asking: nobody reads what is stale, and nothing
+    /// is done with what is not known.
+    pub fn acts(&self, fid: Fid) -> Mode {
+        let Some(node) = self.tree.get(fid) else { return Mode::None };
+        match self.rights.mode(fid) {
+            Mode::Read if !self.is_current(&node.meta) => Mode::None,
+            mode => mode,
+        }
+    }
+    /// The version of an object that is all here; zero where it is not.
+    pub fn version(&self, fid: Fid) -> Stamp {
+        let here = |node: &&Node| node.meta.complete && node.meta.epoch == self.epoch;
+        self.tree.get(fid).filter(here).map_or(Stamp(0), |node| node.meta.stamp)
     }
     pub fn is_unsaved(&self, fid: Fid) -> bool {
         self.writers.get(&fid).is_some_and(|writer| writer.unsaved)
@@ -373,9 +401,11 @@ impl Cache {
                 kept = true;
             }
         }
+        let before = self.tree.get(dir).map(|node| node.meta.stamp).unwrap_or_default();
         self.update_dir(&object, mark, true);
         if kept || !fresh {
-            self.edit_meta(dir, |meta| meta.stale = true);
+            // what has changed since is still to be looked at
+            self.edit_meta(dir, |meta| (meta.stale, meta.stamp) = (true, before));
         }
     }
     fn edit_meta(&mut self, fid: Fid, change: impl FnOnce(&mut Meta)) {
@@ -449,20 +479,22 @@ impl Cache {
             let (from, to) = (start.max(at), (start + GRANULE_LEN).min(end));
             file.write(from, &bytes[(from - at) as usize..(to - at) as usize]);
         }
-        if let Some((start, _)) = granule {
-            file.have.insert(start);
+        if let Some((start, len)) = granule {
+            file.have.extend((start..start + len).step_by(GRANULE_LEN as usize));
             file.meta.complete = file.missing(0, file.meta.base_size).is_empty();
         }
     }
     pub fn mark_stale(&mut self, fids: &[Fid]) {
         for fid in fids {
+            self.rights.broken(*fid);
             self.edit_meta(*fid, |meta| meta.stale = true);
         }
     }
     pub fn acknowledged(&mut self, upto: Seq, stamps: &[(Fid, Stamp)], conflicts: &[Fid]) {
         let epoch = self.epoch;
         for (fid, stamp) in stamps {
-            self.edit_meta(*fid, |meta| meta.kept(*stamp, epoch));
+            let known = self.rights.mode(*fid) != Mode::None;
+            self.edit_meta(*fid, |meta| meta.kept(*stamp, epoch, known));
         }
         let mut lost: Vec<Fid> = conflicts.to_vec();
         for node in conflicts.iter().filter_map(|fid| self.tree.get(*fid)) {
@@ -515,6 +547,7 @@ impl Cache {
     /// The process died: what it had in memory is gone.
     pub fn restart(&mut self) {
         self.online = false;
+        self.rights = Rights::default();
         let open: Vec<Fid> = self.writers.keys().copied().collect();
         for fid in open {
             // the table of writers outlives the process

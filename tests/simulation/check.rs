@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use imz::kml::record::{Fid, Op, Over, ROOT, Seq};
 
-use super::{REST_AFTER_FULL, SHIP_MAX, World};
+use imz::lento::rights::Mode;
+
+use super::{LEASE, REST_AFTER_FULL, SHIP_MAX, World};
 use crate::apps::{Filter, Stop, Want};
 use crate::client::Client;
 use crate::tree::{BLOCK_LEN, Node, Tree};
@@ -20,6 +22,9 @@ impl World {
             } else if client.healthy_since.is_none() {
                 client.healthy_since = Some(now);
             }
+        }
+        if std::mem::take(&mut self.ctx.rights_changed) {
+            self.check_permits();
         }
         if std::mem::take(&mut self.server.has_told) {
             self.check_kept();
@@ -37,7 +42,9 @@ impl World {
         let node_no = client.cache.node;
         let old = client.cache.tree.nodes().find_map(|node| {
             let foreign = self.ctx.history.foreign(node.meta.fid, node_no);
-            let is_old = client.cache.is_current(&node.meta) && foreign > node.meta.stamp;
+            let trusts =
+                client.cache.is_current(&node.meta) && client.cache.may(node.meta.fid, Mode::Read);
+            let is_old = trusts && foreign > node.meta.stamp;
             is_old.then_some((node.meta.fid, node.meta.stamp, foreign))
         });
         if let Some((fid, has, foreign)) = old {
@@ -45,6 +52,34 @@ impl World {
                 "c{nth} trusts {fid} at {}, but its change {} is complete",
                 has.0, foreign.0
             ));
+        }
+    }
+    /// What one client may change, no other may change or read.
+    fn check_permits(&mut self) {
+        // A server that begins anew does not know yet what clients were given that it cannot reach.
+        if self.server.began_at > 0 && self.ctx.now < self.server.began_at + LEASE {
+            return;
+        }
+        let live = |client: &&Client| client.is_online() && !self.stopped.contains_key(&client.no);
+        let clients: Vec<&Client> = self.clients.iter().filter(live).collect();
+        let mut fids: BTreeSet<Fid> = self.server.volume.tree.nodes().map(|n| n.meta.fid).collect();
+        fids.extend(clients.iter().flat_map(|c| c.cache.tree.nodes().map(|n| n.meta.fid)));
+        for (nth, a) in clients.iter().enumerate() {
+            for b in &clients[nth + 1..] {
+                let modes = |fid: Fid| (a.cache.acts(fid), b.cache.acts(fid));
+                let clash = |fid: &&Fid| {
+                    let (a, b) = modes(**fid);
+                    !a.agrees(b)
+                };
+                if let Some(fid) = fids.iter().find(clash) {
+                    let (x, y) = modes(*fid);
+                    self.ctx.fail(format!(
+                        "c{} may {x:?} and c{} may {y:?} of {fid} at once",
+                        a.no, b.no
+                    ));
+                    return;
+                }
+            }
         }
     }
     /// What a client was told to be kept, is kept.

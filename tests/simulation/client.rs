@@ -8,6 +8,7 @@ use imz::kml::optimise::optimise;
 use imz::kml::record::{Fid, Op as Change, Record, Seq, Stamp};
 use imz::lento::client::{Client as Machine, Effect, Settings, Ticket, Unmet, Want as Need, Who};
 use imz::lento::message::*;
+use imz::lento::rights::Mode;
 use imz::lento::ship::Bell;
 use imz::replica::pending::data_len;
 use imz::sys::Errno;
@@ -190,6 +191,11 @@ impl Client {
                     machine.on_break_done(id);
                 }
             }
+            Later::Told { conn, recall_id } => {
+                if let Some(machine) = self.machine.as_mut().filter(|_| self.conn == Some(conn)) {
+                    machine.on_told(recall_id);
+                }
+            }
             Later::Go(step) => self.go(step, ctx),
         }
         self.turn(ctx);
@@ -286,8 +292,9 @@ impl Client {
     }
     fn want(&mut self, want: Want, step: Option<usize>, ctx: &mut Ctx) {
         let (fid, need) = match want {
-            Want::Dir(fid) => (fid, Need::Dir(fid)),
-            Want::Object(fid) => (fid, Need::Object(fid)),
+            Want::Dir(fid) => (fid, Need::Dir { fid, have: self.cache.version(fid) }),
+            Want::Object(fid) => (fid, Need::Object { fid, have: self.cache.version(fid) }),
+            Want::Permit(fids) => (fids[0], Need::Permit(fids)),
             Want::Bytes(fid, from, to) => match self.cache.bytes(fid, from, to) {
                 Some(bytes) => (fid, Need::Bytes(bytes)),
                 None => {
@@ -400,6 +407,23 @@ impl Client {
                 }
             }
             Effect::BumpEpoch => self.cache.bump_epoch(),
+            Effect::SetVolume { mode, raise } => {
+                match raise {
+                    true => self.cache.rights.raise_volume(mode),
+                    false => self.cache.rights.set_volume(mode),
+                }
+                ctx.rights_changed = true;
+            }
+            Effect::Raise { fids, mode } => {
+                let rights = &mut self.cache.rights;
+                fids.iter().for_each(|fid| rights.set(*fid, rights.mode(*fid).max(mode)));
+                ctx.rights_changed = true;
+            }
+            Effect::SetModes { fids, mode } => {
+                fids.iter().for_each(|fid| self.cache.rights.set(*fid, mode));
+                ctx.rights_changed = true;
+            }
+            Effect::Lower { recall_id, fids, mode } => self.lower(recall_id, &fids, mode, ctx),
             Effect::CutBatch { after, upto } => {
                 let generation = self.cutting;
                 let pause = ctx.rng.pick(&[0, MS, 20 * MS]);
@@ -430,8 +454,38 @@ impl Client {
             Effect::SetOnline(online) => {
                 ctx.tell(|| format!("c{}: online: {online}", self.no));
                 self.cache.online = online;
+                if !online {
+                    self.cache.pending.take_back();
+                }
             }
             Effect::SaveCurrent(_) => self.keep(ctx),
+        }
+    }
+    /// Others need what we may do.
+    fn lower(&mut self, recall_id: u64, fids: &[Fid], mode: Mode, ctx: &mut Ctx) {
+        let rights = &mut self.cache.rights;
+        match fids {
+            [] => rights.set_volume(mode),
+            _ => fids.iter().for_each(|fid| rights.set(*fid, rights.mode(*fid).min(mode))),
+        }
+        self.look(ctx);
+        let acked = self.acked();
+        let newest: Vec<(Fid, Seq)> =
+            fids.iter().map(|fid| (*fid, self.cache.pending.own(*fid).newest())).collect();
+        let last = newest.iter().map(|(_, seq)| *seq).max();
+        let target = last.unwrap_or_else(|| self.cache.last());
+        let clean = |(_, seq): &&(Fid, Seq)| mode == Mode::Read && *seq <= acked;
+        let kept: Vec<Fid> = newest.iter().filter(clean).map(|(fid, _)| *fid).collect();
+        let gone: Vec<Fid> = newest.iter().filter(|own| !clean(own)).map(|(fid, _)| *fid).collect();
+        gone.iter().for_each(|fid| self.cache.rights.set(*fid, Mode::None));
+        self.cache.pending.let_go(fids, target);
+        if let Some(machine) = &mut self.machine {
+            machine.on_lowered(recall_id, target, kept, ctx.instant(self.no));
+        }
+        self.cache.mark_stale(&gone);
+        if let Some(conn) = self.conn {
+            let pause = ctx.rng.pick(&[0, MS, 30 * MS]);
+            ctx.later(pause, self.no, self.life, Later::Told { conn, recall_id });
         }
     }
     fn keep(&mut self, ctx: &mut Ctx) {

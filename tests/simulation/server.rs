@@ -27,6 +27,8 @@ pub struct Server {
     pub powered: bool,
     pub full_until: Micros,
     pub slow_until: Micros,
+    /// this life; 0 for the first
+    pub began_at: Micros,
     /// connections whose clients are known
     pub live: BTreeMap<usize, u32>,
     conns: BTreeSet<usize>,
@@ -52,6 +54,7 @@ impl Server {
             powered: true,
             full_until: 0,
             slow_until: 0,
+            began_at: 0,
             live: BTreeMap::new(),
             conns: BTreeSet::new(),
             told: BTreeMap::new(),
@@ -177,7 +180,7 @@ impl Server {
                 Effect::Ask { conn, id, node, request, .. } => {
                     let pages = ctx.setup.page_count;
                     let (message, given) = self.volume.answer(node, &request, pages);
-                    machine.on_answer(conn, id, message, &given);
+                    machine.on_answer(conn, id, (&request, message), &given, now);
                 }
                 Effect::Spool { key, .. } if ctx.now < self.full_until && ctx.rng.one_in(2) => {
                     machine.on_spool_failed(0, key, (Code::NoSpace, "no room"), now);

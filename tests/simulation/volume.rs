@@ -9,6 +9,7 @@ use imz::kml::record::{Fid, Name, Op, Origin, Over, Place, ROOT, Range, Record, 
 use imz::lento::intake::{Change, Content as In, Key};
 use imz::lento::message::*;
 use imz::lento::reint::Applied;
+use imz::lento::rights::Mode;
 use imz::replica::apply::{Content, map_fids, restamped};
 use imz::replica::certify::{self, Clash, Verdict, View, certify};
 use imz::replica::meta::Meta;
@@ -176,7 +177,12 @@ impl Volume {
                 None => failed(Code::Gone),
             },
             Message::Stat(m) => match self.tree.get(m.fid) {
-                Some(node) => (Status { object: object(node) }.into(), vec![m.fid]),
+                Some(node) => {
+                    let is_old = m.have != Stamp(0) && m.have < node.meta.stamp;
+                    let has = is_old && !node.is_dir() && node.attr.size > 0;
+                    let data = has.then(|| node.data.to_vec());
+                    (Status { object: object(node), mode: Mode::None, data }.into(), vec![m.fid])
+                }
                 None => failed(Code::Gone),
             },
             Message::Read(m) => match self.tree.get(m.fid) {
@@ -211,11 +217,13 @@ impl Volume {
             .collect();
         let more = entries.len() > count;
         entries.truncate(count);
-        Some(Page { dir: object(dir), entries, more })
+        let (gone, mode, read_only) = (None, Mode::None, Vec::new());
+        Some(Page { dir: object(dir), entries, more, gone, mode, read_only })
     }
     fn since(&self, stamp: Stamp, node: u32) -> Changes {
         let last = self.stamp();
-        let mut changes = Changes { fids: Vec::new(), upto: last, more: false, lost: false };
+        let (fids, volume) = (Vec::new(), Mode::None);
+        let mut changes = Changes { fids, upto: last, more: false, lost: false, volume };
         if stamp > last || stamp.0 + 1 < self.first.0 {
             changes.lost = true;
             return changes;

@@ -30,6 +30,8 @@ const CHECK_EVERY: Micros = SECOND;
 const SHIP_MAX: Micros = 20 * SECOND;
 /// So long after it is healed nobody has a connection left that is of no use.
 const SETTLE: Micros = 40 * SECOND;
+/// Whoever was given something has noticed by then that the server is gone.
+const LEASE: Micros = 10 * SECOND;
 /// After the server had no room, shipping rests for so long at most.
 const REST_AFTER_FULL: Micros = 35 * SECOND;
 /// A world that is healed rests within this time.
@@ -50,6 +52,10 @@ pub enum Later {
     BreakDone {
         conn: usize,
         id: u64,
+    },
+    Told {
+        conn: usize,
+        recall_id: u64,
     },
     /// the operation goes on
     Go(usize),
@@ -113,6 +119,8 @@ pub struct Ctx {
     pub setup: Setup,
     pub history: History,
     pub violation: Option<String>,
+    /// somebody may do something else now
+    pub rights_changed: bool,
     pub story: Option<Vec<String>>,
     queue: BinaryHeap<Reverse<Queued>>,
     no: u64,
@@ -314,6 +322,7 @@ impl World {
             setup: plan.setup.clone(),
             history,
             violation: None,
+            rights_changed: false,
             story: story.then(Vec::new),
             queue: BinaryHeap::new(),
             no: 0,
@@ -458,6 +467,7 @@ impl World {
                 if self.server.life == life && self.server.machine.is_none() {
                     ctx.tell(|| "server: begins anew".to_owned());
                     ctx.server_down = None;
+                    self.server.began_at = ctx.now;
                     self.server.start();
                 }
             }
