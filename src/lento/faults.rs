@@ -8,6 +8,8 @@
 pub enum Fault {
     /// promises are broken after the author of a change has its answer, instead of before
     BreakAfterReply,
+    /// what one client may change is given to another without a recall
+    PermitTwice,
     /// how far a client is, is not kept in the same step as its records
     CursorApart,
     /// a batch is applied although those before it are missing

@@ -19,6 +19,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
+use super::faults::{Fault, is_planted};
 use super::message::{Break, Code, FIDS_MAX, Granted, Message, Recall, Released, Since};
 use super::policy;
 use super::promises::ConnId;
@@ -452,6 +453,9 @@ impl Server {
     ) -> Vec<(ConnId, Vec<Fid>, Mode)> {
         let volume = &self.volumes[no];
         let mut out = Vec::new();
+        if is_planted(Fault::PermitTwice) {
+            return out;
+        }
         for (of, holder) in volume.permits.others(conn, node) {
             match need {
                 Need::Objects(fids, mode) => {

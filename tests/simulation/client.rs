@@ -26,7 +26,7 @@ const BELL_PAUSE: Micros = 50 * MS;
 /// How often everything is made durable.
 const KEEP_EVERY: Micros = 5000 * MS;
 /// A want that waits for longer was forgotten.
-const WANT_MAX: Micros = 25_000 * MS;
+const WANT_MAX: Micros = 45_000 * MS;
 
 /// Reads ahead in the journal, so that what is optimised together may travel in several batches.
 #[derive(Default)]
@@ -96,7 +96,8 @@ impl Client {
         incarnation[0] = self.no as u8 + 1;
         let node = self.cache.node;
         let (volume_id, host) = (self.volume_id, format!("c{}", self.no));
-        let who = Who { volume: "v".into(), incarnation, node, volume_id, host };
+        let (volume, keeps) = ("v".into(), false);
+        let who = Who { volume, incarnation, node, volume_id, host, keeps };
         let age = Duration::from_micros(ctx.setup.age);
         let settings = Settings { age, ..Settings::default() };
         let seed = ctx.rng.next();
