@@ -6,7 +6,7 @@ use imz::kml::record::{Fid, Op, Over, ROOT, Seq};
 
 use imz::lento::rights::Mode;
 
-use super::{LEASE, REST_AFTER_FULL, SHIP_MAX, World};
+use super::{REST_AFTER_FULL, SHIP_MAX, World};
 use crate::apps::{Filter, Stop, Want};
 use crate::client::Client;
 use crate::tree::{BLOCK_LEN, Node, Tree};
@@ -56,10 +56,6 @@ impl World {
     }
     /// What one client may change, no other may change or read.
     fn check_permits(&mut self) {
-        // A server that begins anew does not know yet what clients were given that it cannot reach.
-        if self.server.began_at > 0 && self.ctx.now < self.server.began_at + LEASE {
-            return;
-        }
         let live = |client: &&Client| client.is_online() && !self.stopped.contains_key(&client.no);
         let clients: Vec<&Client> = self.clients.iter().filter(live).collect();
         let mut fids: BTreeSet<Fid> = self.server.volume.tree.nodes().map(|n| n.meta.fid).collect();

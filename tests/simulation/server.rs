@@ -27,8 +27,8 @@ pub struct Server {
     pub powered: bool,
     pub full_until: Micros,
     pub slow_until: Micros,
-    /// this life; 0 for the first
-    pub began_at: Micros,
+    /// nodes that may have rights, as the next life is told
+    expected: Vec<u32>,
     /// connections whose clients are known
     pub live: BTreeMap<usize, u32>,
     conns: BTreeSet<usize>,
@@ -54,19 +54,20 @@ impl Server {
             powered: true,
             full_until: 0,
             slow_until: 0,
-            began_at: 0,
+            expected: Vec::new(),
             live: BTreeMap::new(),
             conns: BTreeSet::new(),
             told: BTreeMap::new(),
             has_told: false,
         }
     }
-    pub fn start(&mut self) {
+    pub fn start(&mut self, ctx: &Ctx) {
         let mut machine = Machine::new(Settings::default());
         // what it finds it makes durable first
         self.durable = self.volume.clone();
         self.marks = self.volume.marks();
-        machine.add_volume("v", [7; 16], self.volume.stamp());
+        let no = machine.add_volume("v", [7; 16], self.volume.stamp());
+        machine.expect_back(no, &self.expected, ctx.instant(ctx.server_no()));
         self.machine = Some(machine);
         self.powered = true;
     }
@@ -214,6 +215,7 @@ impl Server {
                     }
                     machine.on_applied(ticket, 0, applied, now);
                 }
+                Effect::Live { nodes, .. } => self.expected = nodes,
                 Effect::Sync { .. } => {
                     self.syncing = Some(self.volume.clone());
                     self.marks = self.durable.marks();

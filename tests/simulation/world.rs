@@ -30,8 +30,6 @@ const CHECK_EVERY: Micros = SECOND;
 const SHIP_MAX: Micros = 20 * SECOND;
 /// So long after it is healed nobody has a connection left that is of no use.
 const SETTLE: Micros = 40 * SECOND;
-/// Whoever was given something has noticed by then that the server is gone.
-const LEASE: Micros = 10 * SECOND;
 /// After the server had no room, shipping rests for so long at most.
 const REST_AFTER_FULL: Micros = 35 * SECOND;
 /// A world that is healed rests within this time.
@@ -342,7 +340,7 @@ impl World {
     /// Runs the plan, heals the world, and lets it come to rest.
     pub fn run(&mut self) -> Result<(), String> {
         const BEGIN: Micros = SECOND; // until then everybody is connected
-        self.server.start();
+        self.server.start(&self.ctx);
         for client in &mut self.clients {
             client.start(&mut self.ctx);
         }
@@ -467,8 +465,7 @@ impl World {
                 if self.server.life == life && self.server.machine.is_none() {
                     ctx.tell(|| "server: begins anew".to_owned());
                     ctx.server_down = None;
-                    self.server.began_at = ctx.now;
-                    self.server.start();
+                    self.server.start(ctx);
                 }
             }
             Event::Resume(client) => self.resume(client),
