@@ -407,6 +407,10 @@ impl Client {
                     ctx.later(pause, self.no, self.life, Later::BreakDone { conn, id });
                 }
             }
+            Effect::CatchUp { mut fids } => {
+                fids.retain(|fid| self.cache.rights.mode(*fid) == Mode::None);
+                self.cache.mark_stale(&fids);
+            }
             Effect::BumpEpoch => self.cache.bump_epoch(),
             Effect::SetVolume { mode, raise } => {
                 match raise {
