@@ -18,10 +18,12 @@
 //! Absent on purpose: sockets, files, the clock, and decisions (policy.rs).
 //! Source: etcd's raft and quinn-proto for the form; AFS callbacks for the promises.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::fetch::Fetcher;
+use super::locker::{Locker, Number};
+use super::locks::{Denied, Lock, LockAsk, LockHeld};
 use super::message::*;
 use super::policy;
 use super::rights::Mode;
@@ -226,6 +228,15 @@ pub enum Effect {
         ours: Seq,
     },
     SpaceIs(Space),
+    /// a lock was granted or refused, or the question after it answered
+    LockEnded {
+        number: Number,
+        how: Result<Option<LockHeld>, Denied>,
+    },
+    /// the server gave it to somebody else while it was away
+    LockLost {
+        lock: Lock,
+    },
     SetOnline(bool),
     SaveCurrent(Stamp),
 }
@@ -262,6 +273,10 @@ pub(super) enum Ask {
         at: u64,
     },
     Batch,
+    Lock {
+        number: Number,
+    },
+    Claim,
 }
 
 struct Asked {
@@ -285,7 +300,9 @@ impl Line {
     /// `waits_since`: someone waits for the answer, so it goes ahead of the rest.
     pub fn ask(&mut self, ask: Ask, waits_since: Option<Instant>, message: Message) -> u64 {
         self.next_id += 1;
-        let (id, foreground) = (self.next_id, waits_since.is_some());
+        // Locks stay in order. Some are not answered for long, so nobody counts how long they wait.
+        let is_lock = matches!(ask, Ask::Lock { .. } | Ask::Claim);
+        let (id, foreground) = (self.next_id, waits_since.is_some() || is_lock);
         let wanted = !matches!(ask, Ask::Hello | Ask::Ping | Ask::Space | Ask::Since | Ask::Batch);
         self.foreground_count += u64::from(foreground && wanted);
         self.asked.insert(id, Asked { ask, waits_since });
@@ -293,12 +310,21 @@ impl Line {
         self.effects.push_back(Effect::Send { foreground, id, answer: false, message });
         id
     }
+    /// What needs no answer, in the order of requests.
+    pub fn tell(&mut self, message: Message) {
+        self.next_id += 1;
+        let id = self.next_id;
+        self.effects.push_back(Effect::Send { foreground: true, id, answer: false, message });
+    }
     /// The answer to this request means nothing any more.
     pub fn forget(&mut self, id: u64) {
         self.asked.remove(&id);
     }
     pub fn effect(&mut self, effect: Effect) {
         self.effects.push_back(effect);
+    }
+    pub fn poll(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
     }
     pub fn resolve(&mut self, tickets: impl IntoIterator<Item = Ticket>, how: Result<(), Unmet>) {
         let resolve = |ticket| Effect::Resolve { ticket, how };
@@ -333,6 +359,7 @@ pub struct Client {
     line: Line,
     fetcher: Fetcher,
     shipper: Shipper,
+    pub(super) locker: Locker,
     /// all breaks up to here have been processed
     current: Stamp,
     saved: Stamp,
@@ -373,6 +400,7 @@ impl Client {
             line: Line::default(),
             fetcher: Fetcher::default(),
             shipper: Shipper::new(acked, settings.age, now),
+            locker: Locker::default(),
             timeout: settings.timeout,
             current,
             saved: current,
@@ -397,7 +425,7 @@ impl Client {
     }
 
     pub fn poll(&mut self) -> Option<Effect> {
-        self.line.effects.pop_front()
+        self.line.poll()
     }
     pub fn is_online(&self) -> bool {
         self.state == State::Online
@@ -445,7 +473,8 @@ impl Client {
             let ship = self.shipper.wake_at();
             return [held_back, save, ship].into_iter().flatten().fold(at, Instant::min);
         }
-        if self.fetcher.is_idle() { at } else { at.min(self.grace_until) }
+        let idle = self.fetcher.is_idle() && self.locker.is_idle();
+        if idle { at } else { at.min(self.grace_until) }
     }
 
     /// Time has passed.
@@ -464,6 +493,7 @@ impl Client {
         if !self.is_online() {
             if now >= self.grace_until {
                 self.fetcher.give_up(&mut self.line);
+                self.locker.give_up(&mut self.line);
             }
             return;
         }
@@ -554,6 +584,7 @@ impl Client {
         self.line.asked.clear();
         self.breaks = 0;
         self.fetcher.on_away(&mut self.line);
+        self.locker.on_away(&mut self.line);
     }
 
     /// Bytes came, of whatever message: the server is there.
@@ -742,6 +773,12 @@ impl Client {
                 self.line.effect(Effect::NotTaken { what });
                 self.shipper.on_failed(&mut self.line, now);
             }
+            (Ask::Lock { number }, Message::LockAnswer(m)) => {
+                self.locker.on_answer(number, &m, &mut self.line);
+            }
+            (Ask::Claim, Message::Claimed(m)) => {
+                self.locker.on_claimed(id, &m.lost, &mut self.line);
+            }
             (Ask::List { .. } | Ask::Stat { .. } | Ask::Piece { .. }, message) => {
                 let acked = self.acked();
                 let fits = self.fetcher.on_answer(asked.ask, message, acked, &mut self.line, now);
@@ -820,6 +857,7 @@ impl Client {
         self.line.effect(Effect::SetOnline(true));
         let acked = self.acked();
         self.fetcher.on_online(acked, &mut self.line, now);
+        self.locker.on_online(|_| false, &mut self.line); // of nothing is it alone without asking
         self.shipper.fill(&mut self.line, now);
     }
 
@@ -861,6 +899,36 @@ impl Client {
         }
         let acked = self.acked();
         self.fetcher.on_want(want, ticket, acked, online, &mut self.line, now);
+    }
+
+    /// Objects whose locks are decided about here, and by nobody else.
+    pub fn locks_decided_here(&self) -> BTreeSet<Fid> {
+        self.locker.decided_here()
+    }
+
+    /// Before a write permit over these objects is given back: from now on the server decides
+    /// about their locks. What is sent after this, in the same lane, comes after them.
+    pub fn hand_over_locks(&mut self, fids: &[Fid]) {
+        self.locker.hand_over(fids.iter().copied(), &mut self.line);
+    }
+
+    /// With a write permit: other clients have locks of these objects all the same.
+    pub fn on_locked_by_others(&mut self, fids: &[Fid]) {
+        self.locker.note_others(fids, &mut self.line);
+    }
+
+    /// Somebody asks for a lock, or after one. `LockEnded` follows, sooner or later.
+    pub fn on_lock(&mut self, number: Number, ask: LockAsk, now: Instant) {
+        let offline = !self.is_online() && now >= self.grace_until;
+        if offline {
+            self.locker.give_up(&mut self.line);
+        }
+        self.locker.on_ask(number, ask, offline, &mut self.line);
+    }
+
+    /// Nobody waits for that lock any more.
+    pub fn on_lock_cancel(&mut self, number: Number) {
+        self.locker.on_cancel(number, &mut self.line);
     }
 
     /// How much room is there? `SpaceIs` may follow.

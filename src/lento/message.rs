@@ -5,12 +5,13 @@
 //! that is missing has its default, an opcode that is not known is answered by `Failed`.
 //! Requests carry an id of their sender's; the answer repeats it. `Read` goes both ways: a client
 //! fetches a file with the same message with which the server fetches what a journal announced.
-//! Records travel in the journal's own encoding. 44..=49 are locks, 50..=59 kept free for grants.
+//! Records travel in the journal's own encoding. 50..=59 are kept free for grants.
 //!
 //! Every count and length is bounded here and checked on decoding.
 
 use minicbor::{Decode, Encode};
 
+use super::locks::{Denied, LOCKS_MAX, Lock, LockAsk, LockHeld, LockKind};
 use super::rights::Mode;
 use crate::kml::record::{Attr, Fid, Seq, Stamp};
 
@@ -110,6 +111,14 @@ messages! {
     /// the answer to `Recall`, which may overtake the batches that it needs; by itself a client's
     /// farewell
     43 Released,
+    /// client: sets, ends or tests a lock; the answer to one that waits comes when it is granted
+    44 LockAsk,
+    45 LockAnswer,
+    /// client: a lock needs not be waited for any more; only the lock itself is answered
+    46 LockCancel,
+    /// client: these locks are held already, as decided elsewhere
+    47 Claim,
+    48 Claimed,
 }
 
 /// Why a body was not understood. The connection is closed.
@@ -502,6 +511,42 @@ pub struct Released {
     pub upto: Seq,
 }
 
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct LockAnswer {
+    /// `None`: done
+    #[n(0)]
+    pub why: Option<Denied>,
+    /// the answer to a test: who is in the way
+    #[n(1)]
+    pub held: Option<LockHeld>,
+    /// other clients hold locks of the object, or wait for them
+    #[n(2)]
+    pub others: bool,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct LockCancel {
+    /// of the request that asked for the lock
+    #[n(0)]
+    pub id: u64,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Claim {
+    /// these are all locks: what else the server thinks that this client holds has ended
+    #[n(0)]
+    pub fresh: bool,
+    #[n(1)]
+    pub locks: Vec<Lock>,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Claimed {
+    /// places in the claim of those that others have taken
+    #[n(0)]
+    pub lost: Vec<u32>,
+}
+
 impl Message {
     /// For people who look for a fault: the message without what is long in it.
     pub fn brief(&self) -> String {
@@ -551,7 +596,17 @@ impl Message {
             Message::Ask(m) => (1..=ASK_FIDS_MAX).contains(&m.fids.len()),
             Message::Recall(m) => m.fids.len() <= FIDS_MAX,
             Message::Released(m) => m.kept.len() <= FIDS_MAX,
+            Message::LockAsk(m) => m.start <= m.end,
+            Message::Claim(m) => m.locks.len() <= LOCKS_MAX && m.locks.iter().all(is_lock),
+            Message::Claimed(m) => m.lost.len() <= LOCKS_MAX,
             _ => true,
         }
     }
+}
+
+/// A flock lock covers all bytes, and what is held is no unlocking.
+fn is_lock(lock: &Lock) -> bool {
+    let LockHeld { kind, start, end, .. } = lock.held;
+    let whole = (start, end) == (0, u64::MAX);
+    start <= end && kind != LockKind::Unlock && (whole || !lock.flock)
 }

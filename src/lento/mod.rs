@@ -5,6 +5,8 @@ pub mod client;
 pub mod faults;
 mod fetch;
 pub mod intake;
+mod locker;
+mod locking;
 pub mod locks;
 pub mod message;
 mod permits;

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use crate::kml::record::{Fid, Seq, Stamp};
 
 use super::intake::{Change, Key};
+use super::locking::Locking;
 use super::message::{Code, Failed, Hello, Message, Ping, Pong, Refused, VERSION, Welcome};
 use super::permits::{Lettings, Permits, lease_end};
 use super::promises::{ConnId, PROMISES_MAX, Promises, Round};
@@ -46,6 +47,8 @@ pub struct Settings {
     pub queue_len_max: usize,
     /// promises kept one by one for a client
     pub promises_max: usize,
+    /// how long the locks of a client whose connection ended wait for it to come back
+    pub lock_grace: Duration,
 }
 
 impl Default for Settings {
@@ -61,6 +64,7 @@ impl Default for Settings {
             window: 4,
             queue_len_max: 256 << 20,
             promises_max: PROMISES_MAX,
+            lock_grace: Duration::from_secs(10),
         }
     }
 }
@@ -136,6 +140,7 @@ pub(super) struct Volume {
     /// changes whose author left before all had answered that they know: the author's node, and
     /// how many have not
     pub(super) unsettled: BTreeMap<Ticket, (u32, usize)>,
+    pub(super) locking: Locking,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -243,6 +248,7 @@ impl Server {
             nodes: HashMap::new(),
             parked: Parked::default(),
             unsettled: BTreeMap::new(),
+            locking: Locking::default(),
         });
         self.volumes.len() - 1
     }
@@ -324,6 +330,7 @@ impl Server {
         }
         if peer.state == State::Live {
             self.on_permits_closed(no, conn, lease, now);
+            self.on_locks_left(no, conn, peer.node, now);
         }
     }
 
@@ -374,6 +381,9 @@ impl Server {
             ) if !answer => {
                 self.effects.push_back(Effect::Ask { conn, id, volume, node, request });
             }
+            (State::Live, Message::LockAsk(ask)) if !answer => self.on_lock(conn, id, &ask, now),
+            (State::Live, Message::LockCancel(m)) if !answer => self.on_lock_cancel(conn, &m),
+            (State::Live, Message::Claim(m)) if !answer => self.on_claim(conn, id, &m, now),
             _ => self.close(conn, Why::OutOfTurn(op), now),
         }
     }
@@ -495,10 +505,13 @@ impl Server {
             fetch.map_or(silent, |fetch| fetch.min(silent))
         };
         let breaks = self.breaks.values().map(|wait| wait.until);
-        self.peers.values().map(of_peer).chain(breaks).chain(self.permits_wake_at()).min()
+        let permits = self.permits_wake_at();
+        let all = self.peers.values().map(of_peer).chain(breaks);
+        all.chain(permits).chain(self.locks_wake_at()).min()
     }
     /// Time has passed.
     pub fn wake(&mut self, now: Instant) {
+        self.wake_locks(now);
         let mut late: Vec<(ConnId, Why)> = Vec::new();
         let mut ask: Vec<ConnId> = Vec::new();
         for (conn, peer) in &mut self.peers {

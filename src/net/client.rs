@@ -23,6 +23,7 @@ use crossbeam_channel::Sender;
 use super::poll::{Loop, Waker};
 use crate::kml::record::{Fid, Seq};
 use crate::lento::client::Unmet;
+use crate::lento::locks::LockAsk;
 use crate::lento::message::{Code, Space};
 use crate::lento::policy;
 use crate::lento::rights::{Held, Mode};
@@ -165,6 +166,8 @@ enum In {
     ShipNow,
     WaitAcked(Seq, Waiter),
     WantSpace,
+    Lock(u64, LockAsk, drive::LockWaiter),
+    CancelLock(u64),
     BreakDone { generation: u64, id: u64 },
     Told { generation: u64, recall_id: u64 },
     Resolved { generation: u64, found: std::io::Result<Vec<std::net::SocketAddr>> },
@@ -182,6 +185,8 @@ struct Shared {
     /// changes of `facts.contact`, and of what is acknowledged
     changed: Condvar,
     acked: AtomicU64,
+    /// number of the last ask for a lock
+    last_lock: AtomicU64,
     space: Mutex<(Space, Option<Instant>)>,
     rights: Arc<Held>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -254,6 +259,7 @@ pub fn start(
         }),
         changed: Condvar::new(),
         acked: AtomicU64::new(cache.acked().0),
+        last_lock: AtomicU64::new(0),
         space: Mutex::new((space_of(&here), None)),
         rights: options.rights.clone(),
         thread: Mutex::new(None),

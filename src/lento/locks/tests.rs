@@ -364,10 +364,13 @@ impl Rng {
     }
 }
 
+/// Of each byte of a family of a file: which owners of which nodes hold it.
+type Bytes = HashMap<(Fid, bool, u64), HashMap<(u32, u64), LockKind>>;
+
 /// Who holds what of each byte, and who waits, oldest first.
 #[derive(Default)]
 struct Model {
-    bytes: HashMap<(Fid, bool, u64), HashMap<(u32, u64), LockKind>>,
+    bytes: Bytes,
     waiting: BTreeMap<Ticket, (u32, LockAsk)>,
     /// a flock lock is being exchanged: what is let go before its new kind stands, and what after
     /// it, cannot be told apart from here, nor who may overtake whom
@@ -542,7 +545,7 @@ fn drain(table: &mut Table, model: &mut Model, what: &str) {
 }
 
 fn compare(table: &Table, model: &Model, what: &str) {
-    let mut bytes: HashMap<(Fid, bool, u64), HashMap<(u32, u64), LockKind>> = HashMap::new();
+    let mut bytes = Bytes::new();
     for node in 1..=NODES {
         let mut count = 0;
         for lock in FILES.iter().flat_map(|fid| table.locks(node, *fid)) {

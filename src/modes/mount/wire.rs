@@ -10,7 +10,7 @@ use crate::cli::MountArgs;
 use crate::cli::options::Source;
 use crate::kml::record::{ROOT, Seq};
 use crate::lento::client::Unmet;
-use crate::lento::locks::LockAsk;
+use crate::lento::locks::{Denied, LockAsk};
 use crate::lento::message::Space;
 use crate::lento::rights::Mode;
 use crate::modes::{Exit, Failure};
@@ -44,13 +44,24 @@ impl Lento for Way {
         self.0.space()
     }
 
-    // The kernel keeps locks itself, and asks for none.
-    fn lock(&self, _: LockAsk, done: LockDone) -> u64 {
-        done(Err(Errno::NOLCK));
-        0
+    fn lock(&self, ask: LockAsk, done: LockDone) -> u64 {
+        self.0.lock(ask, Box::new(|how| done(how.map_err(lock_errno))))
     }
 
-    fn cancel(&self, _: u64) {}
+    fn cancel(&self, waiting: u64) {
+        self.0.cancel_lock(waiting);
+    }
+}
+
+/// What an application gets when it does not get its lock.
+fn lock_errno(why: Denied) -> Errno {
+    match why {
+        Denied::Busy => Errno::AGAIN,
+        Denied::Deadlock => Errno::DEADLK,
+        Denied::Interrupted => Errno::INTR,
+        Denied::NoRoom | Denied::Away => Errno::NOLCK,
+        Denied::Lost => Errno::IO,
+    }
 }
 
 /// What an application gets when its want is not met.

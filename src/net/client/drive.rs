@@ -24,6 +24,9 @@ use crate::replica::meta::Meta;
 use crate::replica::tree::TreeError;
 
 mod link;
+mod locks;
+
+pub(super) use locks::LockWaiter;
 
 /// How soon after a look at the journal the next one comes.
 const BELL_PAUSE: Duration = Duration::from_millis(50);
@@ -50,6 +53,8 @@ pub(super) struct Driver {
     cutting: u64,
     tickets: HashMap<Ticket, (Fid, Waiter)>,
     next_ticket: Ticket,
+    /// who asked for a lock, or after one, by number
+    locks: HashMap<u64, LockWaiter>,
     /// own records whose acknowledgement somebody waits for, and since when nothing moves
     waiting: Vec<(Seq, Instant, Waiter)>,
     listings: HashMap<Fid, Listing>,
@@ -121,6 +126,7 @@ impl Driver {
             cutting: 0,
             tickets: HashMap::new(),
             next_ticket: 0,
+            locks: HashMap::new(),
             waiting: Vec::new(),
             listings: HashMap::new(),
             failed: HashMap::new(),
@@ -222,6 +228,8 @@ impl Driver {
                 self.on_told(In::ShipNow, now);
             }
             In::WantSpace => self.machine.on_want_space(),
+            In::Lock(number, ask, then) => self.on_lock(number, ask, then, now),
+            In::CancelLock(number) => self.machine.on_lock_cancel(number),
             In::BreakDone { generation, id } if generation == self.generation => {
                 self.machine.on_break_done(id);
             }
@@ -370,6 +378,8 @@ impl Driver {
                 let mut held = self.shared.space.lock().unwrap_or_else(|e| e.into_inner());
                 held.0 = space;
             }
+            Effect::LockEnded { number, how } => self.lock_ended(number, how),
+            Effect::LockLost { lock } => self.lock_lost(&lock),
             Effect::SetOnline(online) => {
                 self.set_online(online);
                 // What it was given while the server was away is no better than the rest.

@@ -366,3 +366,50 @@ fn a_server_is_found_by_name_and_a_closed_port_is_named() {
     assert!(what.contains("refused"), "{what}");
     away.handle.shutdown(Duration::ZERO);
 }
+
+#[test]
+fn who_asks_for_a_lock_is_told_in_any_case() {
+    use crate::lento::locks::{Denied, LockKind};
+    let rig = rig(true);
+    let mut served = rig.accept();
+    served.greet(0);
+    rig.handle.first_contact(SOON).unwrap();
+    let ask = |wait| LockAsk {
+        fid: Fid(70),
+        owner: 5,
+        flock: false,
+        start: 0,
+        end: 9,
+        kind: LockKind::Write,
+        pid: 9,
+        wait,
+        test: false,
+    };
+    let lock = |wait| {
+        let (tell, told) = crossbeam_channel::bounded(1);
+        let number = rig.handle.lock(ask(wait), Box::new(move |how| tell.send(how).unwrap()));
+        (number, told)
+    };
+    let (_, told) = lock(false);
+    let claim = served.next();
+    assert_eq!(claim.message, Claim { fresh: true, locks: vec![] }.into());
+    served.send(claim.id, true, Claimed { lost: vec![] });
+    let asked = served.next();
+    assert_eq!(asked.message, ask(false).into());
+    served.send(asked.id, true, LockAnswer { why: None, held: None, others: false });
+    assert_eq!(told.recv_timeout(SOON).unwrap(), Ok(None));
+
+    let (number, told) = lock(true);
+    let asked = served.next();
+    rig.handle.cancel_lock(number);
+    assert_eq!(served.next().message, LockCancel { id: asked.id }.into());
+    let why = Some(Denied::Interrupted);
+    served.send(asked.id, true, LockAnswer { why, held: None, others: true });
+    assert_eq!(told.recv_timeout(SOON).unwrap(), Err(Denied::Interrupted));
+
+    let (_, told) = lock(true);
+    served.next();
+    rig.handle.shutdown(Duration::ZERO);
+    assert_eq!(told.recv_timeout(SOON).unwrap(), Err(Denied::Away), "nobody waits for ever");
+    assert_eq!(lock(false).1.recv_timeout(SOON).unwrap(), Err(Denied::Away));
+}
