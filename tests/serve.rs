@@ -168,6 +168,7 @@ fn greeting(volume: &str, incarnation: u8) -> msg::Hello {
         host: "test".into(),
         pending: Seq(0),
         keeps: false,
+        locks: false,
     }
 }
 

@@ -18,7 +18,7 @@
 //! Absent on purpose: sockets, files, the clock, and decisions (policy.rs).
 //! Source: etcd's raft and quinn-proto for the form; AFS callbacks for the promises.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::fetch::Fetcher;
@@ -425,7 +425,9 @@ impl Client {
     }
 
     pub fn poll(&mut self) -> Option<Effect> {
-        self.line.poll()
+        let effect = self.line.poll()?;
+        self.locker.on_rights(&effect);
+        Some(effect)
     }
     pub fn is_online(&self) -> bool {
         self.state == State::Online
@@ -549,6 +551,7 @@ impl Client {
             host: self.who.host.clone(),
             pending: self.shipper.settled(),
             keeps: self.who.keeps,
+            locks: self.locker.has_locks(),
         };
         self.line.ask(Ask::Hello, Some(now), hello.into());
     }
@@ -648,6 +651,7 @@ impl Client {
         if m.fids.is_empty() {
             self.volume = m.mode;
         }
+        self.locker.on_recall(&m.fids, &mut self.line);
         self.line.effect(Effect::Lower { recall_id: id, fids: m.fids, mode: m.mode });
     }
 
@@ -776,6 +780,11 @@ impl Client {
             (Ask::Lock { number }, Message::LockAnswer(m)) => {
                 self.locker.on_answer(number, &m, &mut self.line);
             }
+            (Ask::Lock { number }, Message::Failed(_)) => {
+                let why = Some(Denied::NoRoom);
+                let answer = LockAnswer { why, held: None, others: true };
+                self.locker.on_answer(number, &answer, &mut self.line);
+            }
             (Ask::Claim, Message::Claimed(m)) => {
                 self.locker.on_claimed(id, &m.lost, &mut self.line);
             }
@@ -857,7 +866,7 @@ impl Client {
         self.line.effect(Effect::SetOnline(true));
         let acked = self.acked();
         self.fetcher.on_online(acked, &mut self.line, now);
-        self.locker.on_online(|_| false, &mut self.line); // of nothing is it alone without asking
+        self.locker.on_online(self.volume == Mode::Write, &mut self.line);
         self.shipper.fill(&mut self.line, now);
     }
 
@@ -901,29 +910,15 @@ impl Client {
         self.fetcher.on_want(want, ticket, acked, online, &mut self.line, now);
     }
 
-    /// Objects whose locks are decided about here, and by nobody else.
-    pub fn locks_decided_here(&self) -> BTreeSet<Fid> {
-        self.locker.decided_here()
-    }
-
-    /// Before a write permit over these objects is given back: from now on the server decides
-    /// about their locks. What is sent after this, in the same lane, comes after them.
-    pub fn hand_over_locks(&mut self, fids: &[Fid]) {
-        self.locker.hand_over(fids.iter().copied(), &mut self.line);
-    }
-
-    /// With a write permit: other clients have locks of these objects all the same.
-    pub fn on_locked_by_others(&mut self, fids: &[Fid]) {
-        self.locker.note_others(fids, &mut self.line);
-    }
-
-    /// Somebody asks for a lock, or after one. `LockEnded` follows, sooner or later.
-    pub fn on_lock(&mut self, number: Number, ask: LockAsk, now: Instant) {
+    /// Somebody asks for a lock, or after one. `LockEnded` follows, sooner or later. `permitted`:
+    /// the object may be changed.
+    pub fn on_lock(&mut self, number: Number, ask: LockAsk, permitted: bool, now: Instant) {
         let offline = !self.is_online() && now >= self.grace_until;
         if offline {
             self.locker.give_up(&mut self.line);
         }
-        self.locker.on_ask(number, ask, offline, &mut self.line);
+        let alone = offline || (permitted && self.locker.is_sure(ask.fid));
+        self.locker.on_ask(number, ask, alone, &mut self.line);
     }
 
     /// Nobody waits for that lock any more.

@@ -7,8 +7,9 @@
 //!    '------- nothing held or asked, and nobody else --------'
 //! ```
 //!
-//! `alone` comes from the caller: the client holds a write permit over the file, or it is offline
-//! (then locks hold among its own processes, as far as that goes). What it keeps true:
+//! A client decides alone while it holds a write permit over the file and the server said, after
+//! that began, that nobody else has locks of it; or offline (then locks hold among its own
+//! processes, as far as that goes). What it keeps true:
 //!
 //! - The table has every lock of this node, wherever it was decided: on a new connection all that
 //!   are not decided here are claimed before anything is asked. So the server has them, or says
@@ -26,6 +27,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use super::client::{Ask, Effect, Line};
 use super::locks::{Denied, Lock, LockAsk, LockHeld, LockKind, Table, Ticket, WAITERS_MAX};
 use super::message::{Claim, LockAnswer, LockCancel};
+use super::rights::Mode;
 use crate::kml::record::Fid;
 
 /// The driver's name for an ask. Later asks have greater ones.
@@ -59,6 +61,45 @@ struct Asked {
     lost: bool,
 }
 
+/// Of which objects, as long as they may be changed, nobody else can have locks.
+#[derive(Default)]
+struct Sure {
+    all: bool,
+    /// objects of which the contrary holds
+    except: HashSet<Fid>,
+    /// of all: objects that may not be changed now
+    lowered: HashSet<Fid>,
+}
+
+impl Sure {
+    fn is(&self, fid: Fid) -> bool {
+        self.all != self.except.contains(&fid)
+    }
+    fn set(&mut self, fid: Fid, sure: bool) {
+        match sure == self.all {
+            true => self.except.remove(&fid),
+            false => self.except.insert(fid),
+        };
+    }
+    fn set_all(&mut self, sure: bool) {
+        *self = Sure { all: sure, ..Sure::default() };
+    }
+    fn lower(&mut self, fid: Fid) {
+        self.set(fid, false);
+        if self.all {
+            self.lowered.insert(fid);
+        }
+    }
+    /// It may be changed anew: what was said about it before may not hold any more. All of the
+    /// volume is given to nobody while others have locks, so that what was not lowered since
+    /// is still so.
+    fn raise(&mut self, fid: Fid) {
+        if !self.all || self.lowered.remove(&fid) {
+            self.set(fid, false);
+        }
+    }
+}
+
 #[derive(Default)]
 pub(super) struct Locker {
     table: Table,
@@ -69,6 +110,7 @@ pub(super) struct Locker {
     /// claims that are not answered, by request
     claims: HashMap<u64, Vec<Lock>>,
     lost: HashSet<Whose>,
+    sure: Sure,
     connected: bool,
     /// the server was told what is held, over this connection
     claimed: bool,
@@ -83,9 +125,47 @@ impl Locker {
     }
 
     /// Objects that have locks, or waits, that are decided here.
-    pub fn decided_here(&self) -> BTreeSet<Fid> {
+    fn decided_here(&self) -> BTreeSet<Fid> {
         let all = self.table.objects().into_iter();
         all.filter(|fid| !self.there.contains_key(fid)).collect()
+    }
+
+    /// Whether anything is held, that the server is to hear of when it meets us.
+    pub fn has_locks(&mut self) -> bool {
+        self.is_known |= !self.table.is_empty();
+        !self.table.is_empty()
+    }
+
+    /// Whether nobody else can lock the object, if it may be changed, without our hearing of it.
+    pub fn is_sure(&self, fid: Fid) -> bool {
+        self.sure.is(fid)
+    }
+
+    /// The rights of this client change as the effect says.
+    pub fn on_rights(&mut self, effect: &Effect) {
+        match effect {
+            Effect::SetVolume { mode, .. } => self.sure.set_all(*mode == Mode::Write),
+            Effect::Raise { fids, mode: Mode::Write }
+            | Effect::SetModes { fids, mode: Mode::Write } => {
+                fids.iter().for_each(|fid| self.sure.raise(*fid));
+            }
+            Effect::Lower { fids, mode, .. } if fids.is_empty() => {
+                self.sure.set_all(*mode == Mode::Write);
+            }
+            Effect::Lower { fids, .. } | Effect::SetModes { fids, .. } => {
+                fids.iter().for_each(|fid| self.sure.lower(*fid))
+            }
+            _ => {}
+        }
+    }
+
+    /// Others need these objects (none: all of the volume): what is held of them goes to the
+    /// server ahead of the answer.
+    pub fn on_recall(&mut self, fids: &[Fid], line: &mut Line) {
+        match fids {
+            [] => self.hand_over(self.decided_here(), line),
+            _ => self.hand_over(fids.iter().copied(), line),
+        }
     }
 
     /// Somebody asks. `alone`: nobody else can lock the object without our hearing of it first.
@@ -143,11 +223,8 @@ impl Locker {
         let Some(asked) = self.asked.get(&number).filter(|_| self.connected) else { return };
         let ask = asked.ask.clone();
         self.claim(line);
-        let other = |lock: &Lock| {
-            (lock.owner, lock.flock) == (ask.owner, true) && lock.held.kind != ask.kind
-        };
-        if ask.flock && !ask.test && self.table.locks(US, ask.fid).iter().any(other) {
-            // the server ends a flock lock that is to become another: not to be claimed again
+        if self.table.exchanges(US, &ask) {
+            // the server ends it now: it is not to be claimed again
             self.table.note(US, &LockAsk { kind: LockKind::Unlock, ..ask.clone() });
         }
         let id = line.ask(Ask::Lock { number }, None, ask.into());
@@ -175,7 +252,7 @@ impl Locker {
 
     /// From now on the server decides about locks of these objects: it is told those that are
     /// held, ahead of whatever is sent after this, and asked for those that are waited for.
-    pub fn hand_over(&mut self, fids: impl IntoIterator<Item = Fid>, line: &mut Line) {
+    fn hand_over(&mut self, fids: impl IntoIterator<Item = Fid>, line: &mut Line) {
         let (mut locks, mut moved) = (Vec::new(), Vec::new());
         for fid in fids {
             if self.there.contains_key(&fid) {
@@ -201,14 +278,6 @@ impl Locker {
         for (number, ask) in moved {
             self.queue(number, ask, false);
             self.send(number, line);
-        }
-    }
-
-    /// Other clients have locks of these objects: write permit or not, the server decides.
-    pub fn note_others(&mut self, fids: &[Fid], line: &mut Line) {
-        self.hand_over(fids.iter().copied(), line);
-        for fid in fids {
-            self.there.entry(*fid).or_default().others = true;
         }
     }
 
@@ -239,6 +308,7 @@ impl Locker {
         if let Some(there) = self.there.get_mut(&ask.fid) {
             there.others = answer.others;
         }
+        self.sure.set(ask.fid, !answer.others);
         match answer.why {
             _ if ask.test => {}
             None => self.table.note(US, &ask),
@@ -267,12 +337,12 @@ impl Locker {
         }
     }
 
-    /// The connection stands, and the cache has caught up.
-    pub fn on_online(&mut self, alone: impl Fn(Fid) -> bool, line: &mut Line) {
+    /// The connection stands, and the cache has caught up. `alone`: with the whole volume.
+    pub fn on_online(&mut self, alone: bool, line: &mut Line) {
         (self.connected, self.claimed) = (true, false);
-        let here = self.decided_here().into_iter();
-        let shared: Vec<Fid> = here.filter(|fid| !alone(*fid)).collect();
-        self.hand_over(shared, line);
+        if !alone {
+            self.hand_over(self.decided_here(), line);
+        }
         if !self.there.is_empty() {
             self.hand_over(self.table.contended(), line);
         }
@@ -290,6 +360,7 @@ impl Locker {
     /// The connection broke.
     pub fn on_away(&mut self, line: &mut Line) {
         self.connected = false;
+        self.sure.set_all(false);
         self.claims.clear();
         for number in self.asked.keys().copied().collect::<Vec<_>>() {
             let Some(asked) = self.asked.get_mut(&number) else { continue };

@@ -336,6 +336,14 @@ impl Table {
         lost
     }
 
+    /// Whether this is a flock lock that is to become another, or none: then what is held of it
+    /// ends, whatever comes of the ask.
+    pub fn exchanges(&self, node: u32, ask: &LockAsk) -> bool {
+        let want = Span::of(node, ask);
+        let other = |held: &Span| held.owner == want.owner && held.kind != want.kind;
+        ask.flock && !ask.test && self.held((ask.fid, true)).iter().any(other)
+    }
+
     /// Makes it so, as another table has decided: conflicts and bounds were its matter.
     pub fn note(&mut self, node: u32, ask: &LockAsk) {
         let key = (ask.fid, ask.flock);
@@ -370,6 +378,11 @@ impl Table {
             let waits = |t: Ticket| self.waiters.get(&t).is_some_and(|w| w.1.owner.node != node);
             self.held(key).iter().any(|held| held.owner.node != node) || self.queue(key).any(waits)
         })
+    }
+
+    /// Whether another node holds a lock of anything, or waits for one.
+    pub fn has_other_nodes(&self, node: u32) -> bool {
+        self.nodes.keys().any(|of| *of != node)
     }
 
     /// Whether the node holds anything, or waits.

@@ -158,6 +158,10 @@ pub struct Hello {
     /// what it may do rests with it while it asks for nothing
     #[n(7)]
     pub keeps: bool,
+    /// it holds locks, and claims them as soon as it may: they go ahead of others' asks
+    #[n(8)]
+    #[cbor(default)]
+    pub locks: bool,
 }
 
 #[derive(Encode, Decode, Clone, PartialEq, Debug)]

@@ -122,6 +122,14 @@ impl Permits {
         };
         apart || self.underway.contains(&(conn, None))
     }
+    /// A lock that waits for others' rights needs not be waited for any more.
+    pub(super) fn withdraw_lock(&mut self, conn: ConnId, id: u64) -> Option<Message> {
+        let is_it = |w: &Waiting| {
+            (w.conn, w.id) == (conn, id) && matches!(w.request, Some(Message::LockAsk(_)))
+        };
+        let at = self.queue.iter().position(is_it)?;
+        self.queue.remove(at)?.request
+    }
     pub(super) fn rights(&self, conn: ConnId) -> Option<&Rights> {
         self.holders.get(&conn).map(|holder| &holder.rights)
     }
@@ -289,10 +297,11 @@ impl Server {
             (alone && free(conn, holder), written || holder.rights.any_write())
         });
         let alone = alone && volume.permits.queue.is_empty();
+        let alone = alone && volume.locking.has_only(node);
         let mode = policy::first_right(alone, written, volume.permits.holders.len());
         // Before the history is read: what comes after it is broken to the client.
         self.set_volume(no, conn, mode);
-        self.answer_request(no, conn, id, since.into());
+        self.answer_request(no, conn, id, since.into(), now);
     }
     pub(super) fn on_ask(&mut self, conn: ConnId, id: u64, fids: Vec<Fid>, now: Instant) {
         let Some(peer) = self.peers.get(&conn) else { return };
@@ -393,7 +402,33 @@ impl Server {
             holder.active_at = now;
         }
     }
-    fn answer_request(&mut self, volume: VolumeNo, conn: ConnId, id: u64, request: Message) {
+    /// Has others let go of the right to change these objects, if they have it. `None`: the
+    /// request waits for that; else it can be answered now.
+    pub(super) fn unless_written(
+        &mut self,
+        (no, conn, node, id): (VolumeNo, ConnId, u32, u64),
+        fids: Vec<Fid>,
+        request: Message,
+        now: Instant,
+    ) -> Option<Message> {
+        let need = Need::Objects(fids, Mode::Read);
+        if self.blockers(no, conn, node, &need).is_empty() {
+            return Some(request);
+        }
+        self.wait((no, conn, node, id), need, Some(request), now);
+        None
+    }
+    fn answer_request(
+        &mut self,
+        volume: VolumeNo,
+        conn: ConnId,
+        id: u64,
+        request: Message,
+        now: Instant,
+    ) {
+        if matches!(request, Message::LockAsk(_) | Message::Claim(_)) {
+            return self.decide_lock(conn, id, request, now);
+        }
         let Some(node) = self.peers.get(&conn).map(|peer| peer.node) else { return };
         self.effects.push_back(Effect::Ask { conn, id, volume, node, request });
     }
@@ -426,7 +461,8 @@ impl Server {
                 continue;
             }
             let blockers = self.blockers(no, conn, node, &need);
-            if need == Need::WriteAll && !self.all_idle(no, &blockers, now) {
+            let free = || self.volumes[no].locking.has_only(node);
+            if need == Need::WriteAll && !(free() && self.all_idle(no, &blockers, now)) {
                 self.volumes[no].permits.queue.remove(at);
                 continue;
             }
@@ -520,12 +556,12 @@ impl Server {
                     volume.promises.give_blanket(conn);
                 }
                 if let Some(request) = request {
-                    self.answer_request(no, conn, id, request);
+                    self.answer_request(no, conn, id, request, now);
                 }
             }
             Need::Objects(..) => {
                 if let Some(request) = request {
-                    self.answer_request(no, conn, id, request);
+                    self.answer_request(no, conn, id, request, now);
                 }
             }
         }

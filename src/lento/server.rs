@@ -164,6 +164,8 @@ pub(super) struct Peer {
     pub(super) keeps: bool,
     /// what is kept of it, until it can be told
     met: Option<Seq>,
+    /// it said that it has locks to claim
+    has_locks: bool,
     pub(super) volume: VolumeNo,
     pub(super) node: u32,
     /// the newest record that is in the tree, though perhaps not durably
@@ -289,6 +291,7 @@ impl Server {
             pending: Seq(0),
             keeps: false,
             met: None,
+            has_locks: false,
             volume: 0,
             node: 0,
             applied: Seq(0),
@@ -329,8 +332,8 @@ impl Server {
             self.on_break_over(conn, id, now);
         }
         if peer.state == State::Live {
-            self.on_permits_closed(no, conn, lease, now);
             self.on_locks_left(no, conn, peer.node, now);
+            self.on_permits_closed(no, conn, lease, now);
         }
     }
 
@@ -360,7 +363,10 @@ impl Server {
             }
             (State::Live, Message::Released(released)) => match answer {
                 true => _ = self.on_released(conn, id, Some(released), now),
-                false => self.on_farewell(conn, now),
+                false => {
+                    self.on_locks_farewell(conn);
+                    self.on_farewell(conn, now);
+                }
             },
             (State::Live, Message::Ask(ask)) if !answer => self.on_ask(conn, id, ask.fids, now),
             (State::Live, Message::Since(since)) if !answer => self.on_since(conn, id, since, now),
@@ -381,9 +387,9 @@ impl Server {
             ) if !answer => {
                 self.effects.push_back(Effect::Ask { conn, id, volume, node, request });
             }
-            (State::Live, Message::LockAsk(ask)) if !answer => self.on_lock(conn, id, &ask, now),
-            (State::Live, Message::LockCancel(m)) if !answer => self.on_lock_cancel(conn, &m),
-            (State::Live, Message::Claim(m)) if !answer => self.on_claim(conn, id, &m, now),
+            (State::Live, Message::LockAsk(ask)) if !answer => self.on_lock(conn, id, ask, now),
+            (State::Live, Message::LockCancel(m)) if !answer => self.on_lock_cancel(conn, &m, now),
+            (State::Live, Message::Claim(m)) if !answer => self.on_claim(conn, id, m, now),
             _ => self.close(conn, Why::OutOfTurn(op), now),
         }
     }
@@ -417,6 +423,7 @@ impl Server {
                 peer.volume = volume;
                 peer.host.clone_from(&hello.host);
                 (peer.pending, peer.keeps) = (hello.pending, hello.keeps);
+                peer.has_locks = hello.locks;
                 self.effects.push_back(Effect::Meet { conn, volume, hello });
             }
             (Some((code, what)), _, _) => self.refuse(conn, code, what, now),
@@ -444,7 +451,7 @@ impl Server {
     fn welcome(&mut self, conn: ConnId, now: Instant) {
         let Some(peer) = self.peers.get_mut(&conn) else { return };
         let (no, node, id) = (peer.volume, peer.node, peer.hello_id);
-        let pending = peer.pending;
+        let (pending, has_locks) = (peer.pending, peer.has_locks);
         let volume = &self.volumes[no];
         let unsettled = volume.unsettled.values().any(|(of, _)| *of == node);
         let Some(acked) = peer.met.take_if(|_| !unsettled) else { return };
@@ -459,6 +466,9 @@ impl Server {
             volume: volume.name.clone(),
         };
         self.answer(conn, id, welcome.into());
+        if has_locks {
+            self.on_locks_met(no, node, now); // before others get what the client had
+        }
         self.on_permits_met(conn, pending, acked, now);
     }
     /// The client cannot be taken.

@@ -45,6 +45,7 @@ impl Rig {
             host,
             pending,
             keeps: node == KEEPER,
+            locks: false,
         };
         self.say(conn, hello);
         self.server.on_met(conn, node, Seq(0), self.now);

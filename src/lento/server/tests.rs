@@ -28,6 +28,7 @@ fn hello(volume: &str) -> Hello {
         node: 0,
         volume_id: [0; 16],
         host: "h".into(),
+        locks: false,
         pending: Seq(0),
         keeps: false,
     }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::Driver;
 use crate::lento::locks::{Denied, Lock, LockAsk, LockHeld};
+use crate::lento::rights::Mode;
 use crate::net::client::{Handle, In};
 
 /// What is called in the end; with `Some` only for a test, for who is in the way.
@@ -49,7 +50,8 @@ impl Handle {
 impl Driver {
     pub(super) fn on_lock(&mut self, number: u64, ask: LockAsk, then: LockWaiter, now: Instant) {
         self.locks.insert(number, then);
-        self.machine.on_lock(number, ask, now);
+        let permitted = self.shared.rights.mode(ask.fid) == Mode::Write;
+        self.machine.on_lock(number, ask, permitted, now);
     }
 
     pub(super) fn lock_ended(&mut self, number: u64, how: Result<Option<LockHeld>, Denied>) {
