@@ -14,6 +14,7 @@
 //!  attrs.rs    operations on attributes
 //!  files.rs    operations on open files
 //!  open.rs     the table of open files
+//!  locks.rs    flock and fcntl locks: publish at unlock, validate at lock
 //!  mapped.rs   files that are closed, and written to through mappings
 //! ```
 //!
@@ -29,6 +30,7 @@ pub mod attrs;
 pub mod device;
 pub mod files;
 pub mod filter;
+pub mod locks;
 pub mod mapped;
 mod nameless;
 pub mod names;

@@ -129,6 +129,9 @@ impl Rig {
                 self.clients[nth].on_lowered(recall_id, Seq(0), kept, self.now);
                 self.clients[nth].on_told(recall_id);
             }
+            Effect::SetModes { fids, mode } => rights.edit(|r| {
+                fids.iter().for_each(|fid| r.set(*fid, mode));
+            }),
             Effect::MarkStale { break_id: Some(id), .. } => self.clients[nth].on_break_done(id),
             Effect::Connect if self.reachable[nth] => {
                 self.last_conn += 1;
@@ -621,7 +624,9 @@ fn a_permit_alone_makes_nobody_sure() {
         assert_eq!(rig.ask(0, ask(X, 1, kind, ALL)), GRANTED);
     }
     assert_eq!(rig.messages.len(), before, "it was told that nobody else has any");
-    assert_eq!(rig.ask(1, ask(X, 1, Write, ALL)), GRANTED);
+    let recalls = rig.put(1, ask(X, 1, Write, ALL));
+    rig.pass(1_000); // what was given just now is kept for a moment
+    assert_eq!(rig.how(1, recalls), GRANTED);
     assert_ne!(rig.rights[0].mode(X), Mode::Write);
     assert_eq!(rig.ask(0, ask(X, 1, Write, ALL)), Some(Err(Denied::Busy)));
 }
