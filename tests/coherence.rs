@@ -405,3 +405,88 @@ fn each_row_of_the_manual_has_its_test() {
         assert!(tests.contains(&format!("\nfn {test}()")), "{test}");
     }
 }
+
+/// `IMZ_TRANSACTIONS` makes it as many as one likes.
+#[test]
+fn two_writers_share_a_database() {
+    let Some(disk) = Disk::for_trees() else { return };
+    let count = std::env::var("IMZ_TRANSACTIONS").map_or(100, |n| n.parse().unwrap());
+    let server = Server::start(&disk);
+    let mounts: [Mount; 2] = mounts(&server, &disk);
+    let sql = |mount: &Mount, text: &str| {
+        let path = mount.at("db");
+        run(&["sqlite3", "-cmd", ".timeout 60000", "-bail", path.to_str().unwrap(), text])
+    };
+    sql(&mounts[0], "CREATE TABLE t (who, no, UNIQUE (who, no)); CREATE TABLE sum (n);");
+    sql(&mounts[1], "INSERT INTO sum VALUES (0);");
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        for (who, mount) in mounts.iter().enumerate() {
+            let transaction = move |no: usize| {
+                format!(
+                    "BEGIN IMMEDIATE; INSERT INTO t VALUES ({who}, {no}); \
+                     UPDATE sum SET n = n + 1; COMMIT;"
+                )
+            };
+            // several processes, one after another, each with some of the transactions
+            scope.spawn(move || {
+                let all: Vec<usize> = (0..count).collect();
+                for some in all.chunks(25) {
+                    let text: String = some.iter().map(|no| transaction(*no)).collect();
+                    sql(mount, &text);
+                }
+            });
+        }
+    });
+    let rate = (2 * count) as f64 / begun.elapsed().as_secs_f64();
+    println!("{rate:.0} transactions a second");
+    for mount in &mounts {
+        assert_eq!(sql(mount, "PRAGMA integrity_check;").trim(), "ok");
+        assert_eq!(sql(mount, "SELECT count(*) FROM t;").trim(), (2 * count).to_string());
+        assert_eq!(sql(mount, "SELECT n FROM sum;").trim(), (2 * count).to_string());
+        mount.sync();
+        mount.no_conflicts();
+    }
+}
+
+#[test]
+fn locks_hold_across_mounts_and_end_with_their_owner() {
+    let Some(disk) = Disk::for_trees() else { return };
+    let server = Server::start(&disk);
+    let [a, mut b] = mounts(&server, &disk);
+    fs::write(a.at("file"), "0").unwrap();
+    let lock = |mount: &Mount| OpenOptions::new().read(true).write(true).open(mount.at("file"));
+    let (here, there) = (lock(&a).unwrap(), lock(&b).unwrap());
+    here.lock().unwrap();
+    assert!(there.try_lock().is_err(), "flock");
+    // another mount waits, and is let in when the first one closes
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| there.lock().map(|()| Instant::now()));
+        std::thread::sleep(Duration::from_millis(300));
+        let closed = Instant::now();
+        drop(here);
+        assert!(waits.join().unwrap().unwrap() >= closed);
+    });
+    // a process that waits can be killed
+    let path = a.at("file");
+    let mut waiting = std::process::Command::new("flock").arg(&path).arg("true").spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(waiting.try_wait().unwrap().is_none(), "it waits");
+    waiting.kill().unwrap();
+    let begun = Instant::now();
+    waiting.wait().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    // and the locks of a client that dies end with its lease
+    let again = lock(&a).unwrap();
+    assert!(again.try_lock().is_err());
+    drop(there);
+    let there = lock(&b).unwrap();
+    there.lock().unwrap();
+    b.kill();
+    let begun = Instant::now();
+    again.lock().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(13), "{:?}", begun.elapsed());
+    drop(there);
+    b.umount_dead();
+    b.again();
+}

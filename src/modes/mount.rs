@@ -320,7 +320,7 @@ fn fuse_options(args: &MountArgs, settings: &MountOptions) -> device::Options {
         sync: settings.sync,
         flags,
         threads: THREADS,
-        locks: false,
+        locks: true,
         uring: match settings.uring {
             Uring::Auto => device::Uring::Auto,
             Uring::On => device::Uring::On,

@@ -138,7 +138,7 @@ impl Adapter {
             Op::Interrupt { unique } => {
                 ticket.needs_none();
                 if let Interrupted::Cancel(lock) = self.parked.interrupt(unique) {
-                    self.filter.lento.cancel(lock);
+                    self.filter.cancel_lock(lock);
                 }
                 return;
             }
@@ -220,9 +220,9 @@ impl Adapter {
                 ticket.answer(result.map(|other| if test { in_the_way(other) } else { vec![] }));
             }
         };
-        let number = self.filter.lento.lock(ask(fid, lock), Box::new(ended));
+        let number = self.filter.lock(ask(fid, lock), Box::new(ended));
         if self.parked.asked(unique, number) {
-            self.filter.lento.cancel(number);
+            self.filter.cancel_lock(number);
         }
     }
 
@@ -236,7 +236,7 @@ impl Adapter {
             }
             ticket.answer(Ok(body));
         };
-        self.filter.lento.lock(ask, Box::new(ended));
+        self.filter.lock(ask, Box::new(ended));
     }
 
     pub fn handle(&self, fh: u64) -> Result<Arc<Handle>> {

@@ -407,6 +407,8 @@ impl Client {
                     ctx.later(pause, self.no, self.life, Later::BreakDone { conn, id });
                 }
             }
+            // no locks are taken here: src/lento/locker has histories of its own
+            Effect::LockEnded { .. } | Effect::LockLost { .. } => {}
             Effect::CatchUp { mut fids } => {
                 fids.retain(|fid| self.cache.rights.mode(*fid) == Mode::None);
                 self.cache.mark_stale(&fids);
