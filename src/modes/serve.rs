@@ -16,11 +16,13 @@ use crate::lento::server::Settings;
 use crate::net::control::{self, Answer, Status};
 use crate::net::handle::Handle;
 use crate::net::server::{Export, Server, state_of};
+use crate::sys;
 
 /// # Errors
 /// With the exit codes that `imz --help` lists; nothing is left half made.
 pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let exports = exports(args)?;
+    sys::limit::raise_files();
     let server = Server::open(&exports, Some(args.listen), Settings::default());
     let mut server = server.map_err(explain)?;
     server.take_signals().context("cannot take over SIGTERM and SIGINT")?;

@@ -7,6 +7,7 @@ pub mod dev_fuse;
 pub mod file;
 pub mod fs;
 pub mod fusermount;
+pub mod limit;
 pub mod local;
 pub mod mount;
 pub mod ring;
