@@ -19,7 +19,10 @@ use crate::lento::message::{Code, Failed, Garbled, Message};
 pub const LANE_LEN_MAX: usize = 8 << 20;
 /// Most bytes that one turn reads, so that one peer does not keep the others waiting.
 const TURN_LEN_MAX: usize = 4 << 20;
+/// Most bytes of one read from the kernel. Most turns bring one small message: the first read of
+/// a turn takes less, from the stack.
 const CHUNK_LEN: usize = 64 << 10;
+const FIRST_LEN: usize = 2 << 10;
 
 /// What overtakes what on the way out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -181,10 +184,14 @@ impl Conn {
     }
 
     fn read_turn(&mut self, out: &mut Vec<Incoming>) -> Result<(), Fault> {
-        let mut chunk = vec![0; CHUNK_LEN];
+        let (mut first, mut large) = ([0; FIRST_LEN], Vec::new());
         let mut turn_len = 0;
         while turn_len < TURN_LEN_MAX && self.has_room(Lane::Foreground) {
-            let count = match self.stream.read(&mut chunk) {
+            if turn_len >= FIRST_LEN && large.is_empty() {
+                large.resize(CHUNK_LEN, 0);
+            }
+            let chunk = if large.is_empty() { &mut first[..] } else { &mut large[..] };
+            let count = match self.stream.read(chunk) {
                 Ok(0) => return Err(Fault::Closed),
                 Ok(count) => count,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {

@@ -36,8 +36,8 @@ const FLAG_ZSTD: u16 = 2;
 /// Bodies up to this length are not worth compressing, bytes.
 const PLAIN_LEN_MAX: usize = 512;
 const ZSTD_LEVEL: i32 = 1;
-/// A decoder that is empty keeps at most so much memory, bytes.
-const IDLE_LEN_MAX: usize = 64 << 10;
+/// A decoder that is empty keeps at most so much memory, bytes: a server has one for each client.
+const IDLE_LEN_MAX: usize = 2 << 10;
 
 /// Why bytes are not a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -269,6 +269,15 @@ mod tests {
         let mut decoder = Decoder::default();
         decoder.feed(bytes);
         drain(&mut decoder).1
+    }
+
+    #[test]
+    fn a_decoder_that_rests_keeps_little() {
+        let mut decoder = Decoder::default();
+        let large = Frame { op: 1, answer: false, id: 1, body: vec![7; BODY_LEN_MAX] };
+        decoder.feed(&large.encode(false).unwrap());
+        assert_eq!(drain(&mut decoder), (vec![large], None));
+        assert!(decoder.buf.capacity() <= IDLE_LEN_MAX);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::answer;
-use super::conn::{Conn, Incoming, Lane};
+use super::conn::{Conn, Fault, Incoming, Lane};
 use super::handle::{Handle, Report, Shared, VolumeReport};
 use super::poll::{Event, Listener, Loop, Stream, Token, Waker};
 use crate::kml::record::Stamp;
@@ -346,8 +346,12 @@ impl Server {
                 }
             }
             Err(fault) => {
-                match fault {
-                    super::conn::Fault::Closed => log::debug!("connection {}: {fault}", conn.0),
+                match &fault {
+                    Fault::Closed => log::debug!("connection {}: {fault}", conn.0),
+                    // so ends a process that is killed
+                    Fault::Io(e) if e.kind() == io::ErrorKind::ConnectionReset => {
+                        log::debug!("connection {}: {fault}", conn.0);
+                    }
                     _ => log::warn!("connection {}: {fault}", conn.0),
                 }
                 self.drop_conn(conn);
