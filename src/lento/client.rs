@@ -514,7 +514,7 @@ impl Client {
     }
 
     fn ping_after(&self) -> Duration {
-        policy::PING_AFTER.min(self.timeout / 3)
+        policy::PING_AFTER.min(policy::lease(self.timeout) / 2)
     }
 
     fn look_for_silence(&mut self, now: Instant) {

@@ -144,6 +144,7 @@ impl Server {
         let Some(peer) = self.peers.get(&conn) else { return };
         let (no, node) = (peer.volume, peer.node);
         let until = now + 2 * self.settings.lock_grace;
+        self.due(until);
         let locking = &mut self.volumes[no].locking;
         if claim.fresh {
             locking.kept.remove(&node);
@@ -182,11 +183,14 @@ impl Server {
     /// A client has come that has locks to claim.
     pub(super) fn on_locks_met(&mut self, no: VolumeNo, node: u32, now: Instant) {
         let until = now + self.settings.lock_grace;
+        self.due(until);
         self.volumes[no].locking.claiming.insert(node, until);
     }
 
     /// The connection of a node has ended: its waits do, too, and its locks unless it comes back.
     pub(super) fn on_locks_left(&mut self, no: VolumeNo, conn: ConnId, node: u32, now: Instant) {
+        let until = now + self.settings.lock_grace;
+        self.due(until);
         let volume = &mut self.volumes[no];
         let is_back = volume.nodes.contains_key(&node);
         let locking = &mut volume.locking;
@@ -199,7 +203,7 @@ impl Server {
         }
         locking.held_back.retain(|(of, ..)| *of != conn);
         if locking.table.knows(node) {
-            locking.kept.insert(node, now + self.settings.lock_grace);
+            locking.kept.insert(node, until);
         }
         if !is_back {
             self.end_claiming(no, node, now);

@@ -81,8 +81,8 @@ struct Letting {
 pub(super) struct Permits {
     holders: BTreeMap<ConnId, Holder>,
     queue: VecDeque<Waiting>,
-    /// what is being let go; `None`: the whole volume
-    underway: BTreeSet<(ConnId, Option<Fid>)>,
+    /// what is being let go, and by whom; `None`: the whole volume
+    underway: BTreeSet<(Option<Fid>, ConnId)>,
     /// nodes with rights, as the next life was told
     live: BTreeSet<u32>,
 }
@@ -115,12 +115,17 @@ impl Permits {
     }
     /// Whether the client is just letting go some of this.
     fn lets_go(&self, conn: ConnId, need: &Need) -> bool {
-        let of = |fid: &Fid| self.underway.contains(&(conn, Some(*fid)));
+        let of = |fid: &Fid| self.underway.contains(&(Some(*fid), conn));
         let apart = match need {
             Need::Objects(fids, _) => fids.iter().any(of),
-            Need::ReadAll | Need::WriteAll => self.underway.iter().any(|(c, _)| *c == conn),
+            Need::ReadAll | Need::WriteAll => self.underway.iter().any(|(_, of)| *of == conn),
         };
-        apart || self.underway.contains(&(conn, None))
+        apart || self.underway.contains(&(None, conn))
+    }
+    /// Whether others are just letting go the same object.
+    fn others_let_go(&self, fid: Fid) -> bool {
+        let of_fid = (Some(fid), ConnId(0))..=(Some(fid), ConnId(u32::MAX));
+        self.underway.range(of_fid).next().is_some()
     }
     /// A lock that waits for others' rights needs not be waited for any more.
     pub(super) fn withdraw_lock(&mut self, conn: ConnId, id: u64) -> Option<Message> {
@@ -175,6 +180,7 @@ impl Server {
 
     /// Nobody knows what they might do: anything.
     pub(super) fn revive(&mut self, no: VolumeNo, nodes: &[u32], until: Instant) {
+        self.due(until);
         let permits = &mut self.volumes[no].permits;
         for (at, node) in (0..).zip(nodes) {
             let mut rights = Rights::default();
@@ -247,13 +253,14 @@ impl Server {
     ) {
         self.lettings.0.retain(|(of, _), _| *of != conn);
         let volume = &mut self.volumes[no];
-        volume.permits.underway.retain(|(of, _)| *of != conn);
+        volume.permits.underway.retain(|(_, of)| *of != conn);
         volume.permits.queue.retain(|waiting| waiting.conn != conn);
         let held = volume.promises.is_holder(conn)
             || volume.permits.rights(conn).is_some_and(|rights| !rights.is_none());
         match (lease, volume.permits.holders.get_mut(&conn)) {
             (Some(until), Some(holder)) if held && until > now => {
                 holder.ghost = Some(Ghost { until, upto: None });
+                self.due(until);
             }
             _ => {
                 volume.permits.holders.remove(&conn);
@@ -444,12 +451,18 @@ impl Server {
             return self.fail(conn, id, Code::Other, "too many requests wait for other clients");
         }
         queue.push_back(Waiting { conn, node, id, need, request });
-        self.pump(no, now);
+        // For those before it nothing has changed, but for what nobody asked for: it may go now.
+        let not_asked = queue.iter().position(|waiting| waiting.need == Need::WriteAll);
+        let from = not_asked.unwrap_or(queue.len() - 1);
+        self.pump_from(no, from, now);
     }
 
     /// Serves whoever can be served, in order, and has the others' rights recalled.
     pub(super) fn pump(&mut self, no: VolumeNo, now: Instant) {
-        let mut at = 0;
+        self.pump_from(no, 0, now);
+    }
+    /// The same, from the `at`th on. Who is served makes room for those behind it at most.
+    fn pump_from(&mut self, no: VolumeNo, mut at: usize, now: Instant) {
         loop {
             let queue = &self.volumes[no].permits.queue;
             let Some(waiting) = queue.get(at) else { return };
@@ -470,7 +483,6 @@ impl Server {
                 if let Some(waiting) = self.volumes[no].permits.queue.remove(at) {
                     self.serve(no, waiting, now);
                 }
-                at = 0;
                 continue;
             }
             for (holder, fids, mode) in blockers {
@@ -499,7 +511,12 @@ impl Server {
                         continue;
                     }
                     let keep = if *mode == Mode::Write { Mode::None } else { Mode::Read };
-                    let conflict = |fid: &&Fid| !self.mode(no, *of, **fid).agrees(*mode);
+                    // Promises, which many may hold, only matter to who writes.
+                    let has = |fid: Fid| match mode {
+                        Mode::Read => holder.rights.mode(fid),
+                        _ => self.mode(no, *of, fid),
+                    };
+                    let conflict = |fid: &&Fid| !has(**fid).agrees(*mode);
                     let fids: Vec<Fid> = fids.iter().filter(conflict).copied().collect();
                     if !fids.is_empty() {
                         out.push((*of, fids, keep));
@@ -570,12 +587,13 @@ impl Server {
     fn recall(&mut self, no: VolumeNo, conn: ConnId, fids: Vec<Fid>, mode: Mode, now: Instant) {
         let permits = &mut self.volumes[no].permits;
         let is_ghost = permits.holders.get(&conn).is_none_or(|holder| holder.ghost.is_some());
-        if is_ghost || permits.underway.contains(&(conn, None)) {
+        if is_ghost || permits.underway.contains(&(None, conn)) {
             return;
         }
         let until = now + self.settings.silence_max;
         if fids.is_empty() {
-            permits.underway.insert((conn, None));
+            permits.underway.insert((None, conn));
+            self.due(until);
             let id = self.request(conn, false, Recall { fids: Vec::new(), mode }.into());
             let letting = Letting { volume: no, fids, mode, until, released: None };
             self.lettings.0.insert((conn, id), letting);
@@ -583,11 +601,12 @@ impl Server {
         }
         let (mut written, mut read) = (Vec::new(), Vec::new());
         for fid in fids {
-            if self.volumes[no].permits.underway.insert((conn, Some(fid))) {
+            if self.volumes[no].permits.underway.insert((Some(fid), conn)) {
                 let is_written = self.mode(no, conn, fid) == Mode::Write;
                 if is_written { written.push(fid) } else { read.push(fid) }
             }
         }
+        self.due(until);
         for (fids, is_written) in [(written, true), (read, false)] {
             for fids in fids.chunks(FIDS_MAX).map(<[Fid]>::to_vec) {
                 let message: Message = match is_written {
@@ -632,18 +651,24 @@ impl Server {
     fn let_go(&mut self, key: (ConnId, u64), released: Option<Released>, now: Instant) {
         let Some(letting) = self.lettings.0.remove(&key) else { return };
         let (conn, no) = (key.0, letting.volume);
-        let underway = &mut self.volumes[no].permits.underway;
+        let permits = &mut self.volumes[no].permits;
         if letting.fids.is_empty() {
-            underway.remove(&(conn, None));
+            permits.underway.remove(&(None, conn));
             self.set_volume(no, conn, letting.mode);
         } else {
             for fid in &letting.fids {
-                underway.remove(&(conn, Some(*fid)));
+                permits.underway.remove(&(Some(*fid), conn));
             }
+            // Of many that are told, the last one lets the queue go on.
+            let waits = permits.queue.iter().any(|waiting| waiting.conn == conn);
+            let last = waits || letting.fids.iter().any(|fid| !permits.others_let_go(*fid));
             let kept: HashSet<Fid> = released.into_iter().flat_map(|r| r.kept).collect();
             for fid in letting.fids {
                 let keeps = letting.mode == Mode::Read && kept.contains(&fid);
                 self.set_mode(no, conn, fid, if keeps { Mode::Read } else { Mode::None });
+            }
+            if !last {
+                return;
             }
         }
         self.pump(no, now);

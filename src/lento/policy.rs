@@ -27,8 +27,8 @@ pub const READ_AHEAD_MAX: u32 = 4;
 pub const RELIST_MAX: u32 = 3;
 /// A server that says nothing for so long is away. No want waits longer for one.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
-/// After so much silence the server is asked whether it is there.
-pub const PING_AFTER: Duration = Duration::from_secs(3);
+/// After so much silence the server is asked whether it is there: half of the [`lease`].
+pub const PING_AFTER: Duration = Duration::from_secs(4);
 /// First and longest pause between attempts to connect.
 pub const RETRY_MIN: Duration = Duration::from_millis(100);
 pub const RETRY_MAX: Duration = Duration::from_secs(10);

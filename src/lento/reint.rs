@@ -248,6 +248,7 @@ impl Server {
             if let Some(peer) = self.peers.get_mut(&conn) {
                 peer.reads.insert(id, ToRead { until, ticket, key, piece });
             }
+            self.due(until);
         }
     }
 
@@ -334,16 +335,16 @@ impl Server {
     /// A break was answered, or nobody is there any more to answer it.
     pub(super) fn on_break_over(&mut self, conn: ConnId, id: u64, now: Instant) {
         let Some(wait) = self.breaks.remove(&(conn, id)) else { return };
-        for ticket in wait.tickets {
-            let Some(author) = self.author(ticket) else {
+        for (author, ticket) in wait.batches {
+            let Some(batch) = self.batch(author, ticket) else {
                 self.settle(ticket, now);
                 continue;
             };
-            if let Some(batch) = self.batch(author, ticket) {
-                batch.waiting = batch.waiting.saturating_sub(1);
+            batch.waiting = batch.waiting.saturating_sub(1);
+            if batch.waiting == 0 {
+                self.advance(author, now);
+                self.acknowledge(author);
             }
-            self.advance(author, now);
-            self.acknowledge(author);
         }
     }
 
@@ -423,7 +424,8 @@ impl Server {
             None => of.dead = true,
         }
         let (dead, more) = (of.dead, of.applied > covered);
-        let here = self.peers.iter().filter(|(_, peer)| peer.volume == volume);
+        let ships = |peer: &Peer| peer.volume == volume && !peer.batches.is_empty();
+        let here = self.peers.iter().filter(|(_, peer)| ships(peer));
         for conn in here.map(|(conn, _)| *conn).collect::<Vec<_>>() {
             if dead {
                 self.give_up_all(conn, "the server's disk has failed");

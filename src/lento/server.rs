@@ -20,7 +20,7 @@ use crate::kml::record::{Fid, Seq, Stamp};
 
 use super::intake::{Change, Key};
 use super::locking::Locking;
-use super::message::{Code, Failed, Hello, Message, Ping, Pong, Refused, VERSION, Welcome};
+use super::message::{Code, Failed, Hello, Message, Pong, Refused, VERSION, Welcome};
 use super::permits::{Lettings, Permits, lease_end};
 use super::promises::{ConnId, PROMISES_MAX, Promises, Round};
 use super::reint::{Batch, Parked, Ticket, ToRead};
@@ -30,10 +30,12 @@ use super::reint::{Batch, Parked, Ticket, ToRead};
 pub struct Settings {
     /// until the first message
     pub greet_max: Duration,
-    /// of a peer, until it is asked whether it lives
-    pub ping_after: Duration,
-    /// of a peer, until it is gone: the lease of what it may do
+    /// of a peer, until it is gone: the lease of what it may do. It is not asked whether it lives:
+    /// a client that has nothing to say asks that of the server (policy.rs)
     pub silence_max: Duration,
+    /// how long the answer to a ping rests, so that many go out at once: from then on their clients
+    /// ask at the same time, and the server wakes up once for all of them
+    pub pong_after: Duration,
     /// until a break is answered
     pub break_max: Duration,
     /// until a piece of a file that was asked for is here
@@ -55,8 +57,8 @@ impl Default for Settings {
     fn default() -> Settings {
         Settings {
             greet_max: Duration::from_secs(10),
-            ping_after: Duration::from_secs(3),
             silence_max: Duration::from_secs(10),
+            pong_after: Duration::from_millis(100),
             break_max: Duration::from_secs(10),
             fetch_max: Duration::from_secs(30),
             peers_max: 4096,
@@ -156,9 +158,10 @@ pub(super) struct Peer {
     heard_at: Instant,
     /// when something came of what it ships
     pub(super) moved_at: Instant,
-    pinged: bool,
     host: String,
     hello_id: u64,
+    /// of a ping whose answer rests
+    ping: Option<u64>,
     /// the newest record of its journal when it came
     pending: Seq,
     pub(super) keeps: bool,
@@ -179,14 +182,14 @@ pub(super) struct Peer {
 impl Peer {
     pub(super) fn heard(&mut self, now: Instant) {
         self.heard_at = now;
-        self.pinged = false;
     }
 }
 
 /// A break that is not answered.
 pub(super) struct BreakWait {
-    /// the batches that wait for the answer: until it comes, the holder may trust what it has
-    pub(super) tickets: Vec<Ticket>,
+    /// the batches that wait for the answer, and their authors: until it comes, the holder may trust
+    /// what it has
+    pub(super) batches: Vec<(ConnId, Ticket)>,
     /// ascending
     fids: Vec<Fid>,
     pub(super) until: Instant,
@@ -220,6 +223,11 @@ pub struct Server {
     pub(super) last_ticket: Ticket,
     /// contents of queued batches, bytes
     pub(super) queue_len: usize,
+    /// no deadline is before this; looked for anew when it has come ([`Server::due`])
+    wake_at: Option<Instant>,
+    /// who is answered at this instant
+    pongs: Vec<ConnId>,
+    pongs_at: Option<Instant>,
 }
 
 impl Server {
@@ -234,6 +242,9 @@ impl Server {
             last_id: 0,
             last_ticket: Ticket(0),
             queue_len: 0,
+            wake_at: None,
+            pongs: Vec::new(),
+            pongs_at: None,
         }
     }
     /// Before the first connection. `durable`: the volume's stamp.
@@ -285,9 +296,9 @@ impl Server {
             opened_at: now,
             heard_at: now,
             moved_at: now,
-            pinged: false,
             host: String::new(),
             hello_id: 0,
+            ping: None,
             pending: Seq(0),
             keeps: false,
             met: None,
@@ -300,6 +311,7 @@ impl Server {
             reads: HashMap::new(),
         };
         self.peers.insert(conn, peer);
+        self.due(now + self.settings.greet_max);
     }
     /// The connection has ended by itself.
     pub fn on_closed(&mut self, conn: ConnId, now: Instant) {
@@ -374,10 +386,7 @@ impl Server {
             (State::Live, Message::Failed(failed)) if answer => {
                 self.on_failed(conn, id, failed, now);
             }
-            (State::Live, Message::Ping(_)) => {
-                let pong = Pong { stamp: self.volumes[volume].durable };
-                self.answer(conn, id, pong.into());
-            }
+            (State::Live, Message::Ping(_)) if !answer => self.on_ping(conn, id, now),
             (
                 State::Live,
                 request @ (Message::List(_)
@@ -394,6 +403,20 @@ impl Server {
         }
     }
 
+    fn on_ping(&mut self, conn: ConnId, id: u64, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&conn) else { return };
+        match peer.ping.replace(id) {
+            // nobody is owed more than one answer
+            Some(before) => self.pong(conn, before),
+            None => self.pongs.push(conn),
+        }
+        self.pongs_at.get_or_insert(now + self.settings.pong_after);
+    }
+    fn pong(&mut self, conn: ConnId, id: u64) {
+        let Some(peer) = self.peers.get(&conn) else { return };
+        let stamp = self.volumes[peer.volume].durable;
+        self.answer(conn, id, Pong { stamp }.into());
+    }
     /// A batch came that its owner could not take apart.
     pub fn on_garbage(&mut self, conn: ConnId, what: &str, now: Instant) {
         self.close(conn, Why::BadBatch(what.to_owned()), now);
@@ -456,6 +479,7 @@ impl Server {
         let unsettled = volume.unsettled.values().any(|(of, _)| *of == node);
         let Some(acked) = peer.met.take_if(|_| !unsettled) else { return };
         peer.state = State::Live;
+        let silent_at = peer.heard_at + self.settings.silence_max;
         (peer.expected, peer.applied) = (acked, acked);
         let welcome = Welcome {
             version: VERSION,
@@ -469,6 +493,7 @@ impl Server {
         if has_locks {
             self.on_locks_met(no, node, now); // before others get what the client had
         }
+        self.due(silent_at);
         self.on_permits_met(conn, pending, acked, now);
     }
     /// The client cannot be taken.
@@ -502,14 +527,22 @@ impl Server {
         self.answer(conn, id, message);
     }
 
-    /// The instant at which [`Server::wake`] has something to do.
+    /// The instant at which [`Server::wake`] is to be called: it may have something to do then, and
+    /// never has before. Costs the same for any number of clients.
     pub fn wake_at(&self) -> Option<Instant> {
+        let missed = |next: Instant| self.wake_at.is_none_or(|at| at > next);
+        debug_assert!(!self.next_deadline().is_some_and(missed), "a deadline without `due`");
+        [self.wake_at, self.pongs_at].into_iter().flatten().min()
+    }
+    /// To be called with every deadline that is set, but for one that only moves on.
+    pub(super) fn due(&mut self, at: Instant) {
+        self.wake_at = Some(self.wake_at.map_or(at, |before| before.min(at)));
+    }
+    fn next_deadline(&self) -> Option<Instant> {
         let of_peer = |peer: &Peer| {
-            let s = &self.settings;
-            let silent = match (peer.state, peer.pinged) {
-                (State::Live, false) => peer.heard_at + s.ping_after,
-                (State::Live, true) => peer.heard_at + s.silence_max,
-                _ => peer.opened_at + s.greet_max,
+            let silent = match peer.state {
+                State::Live => peer.heard_at + self.settings.silence_max,
+                _ => peer.opened_at + self.settings.greet_max,
             };
             let fetch = peer.reads.values().map(|read| read.until).min();
             fetch.map_or(silent, |fetch| fetch.min(silent))
@@ -521,10 +554,24 @@ impl Server {
     }
     /// Time has passed.
     pub fn wake(&mut self, now: Instant) {
+        if self.pongs_at.is_some_and(|at| at <= now) {
+            self.pongs_at = None;
+            for conn in std::mem::take(&mut self.pongs) {
+                if let Some(id) = self.peers.get_mut(&conn).and_then(|peer| peer.ping.take()) {
+                    self.pong(conn, id);
+                }
+            }
+        }
+        if self.wake_at.is_some_and(|at| at <= now) {
+            self.end_overdue(now);
+            self.wake_at = self.next_deadline();
+        }
+    }
+    /// Looks at every deadline there is.
+    fn end_overdue(&mut self, now: Instant) {
         self.wake_locks(now);
         let mut late: Vec<(ConnId, Why)> = Vec::new();
-        let mut ask: Vec<ConnId> = Vec::new();
-        for (conn, peer) in &mut self.peers {
+        for (conn, peer) in &self.peers {
             let silence = now.saturating_duration_since(peer.heard_at);
             let opened = now.saturating_duration_since(peer.opened_at);
             if peer.state != State::Live {
@@ -535,17 +582,11 @@ impl Server {
                 late.push((*conn, Why::Silent));
             } else if peer.reads.values().any(|read| read.until <= now) {
                 late.push((*conn, Why::FetchUnanswered));
-            } else if silence >= self.settings.ping_after && !peer.pinged {
-                peer.pinged = true;
-                ask.push(*conn);
             }
         }
         let overdue = self.breaks.iter().filter(|(_, wait)| wait.until <= now);
         late.extend(overdue.map(|((conn, _), _)| (*conn, Why::BreakUnanswered)));
         late.extend(self.wake_permits(now));
-        for conn in ask {
-            self.request(conn, false, Ping {}.into());
-        }
         for (conn, why) in late {
             self.close(conn, why, now);
         }
@@ -564,9 +605,9 @@ impl Server {
         let mut count = 0;
         for ((holder, _), wait) in &mut self.breaks {
             let here = self.peers.get(holder).is_some_and(|peer| peer.volume == volume);
-            let other = *holder != conn && here && !wait.tickets.contains(&ticket);
+            let other = *holder != conn && here && !wait.batches.contains(&(conn, ticket));
             if other && wait.is_about(fids) {
-                wait.tickets.push(ticket);
+                wait.batches.push((conn, ticket));
                 count += 1;
             }
         }
@@ -581,12 +622,14 @@ impl Server {
             .filter(|(holder, fids)| !fids.is_empty() && self.peers.contains_key(holder))
             .collect();
         count += told.len();
+        let until = now + self.settings.break_max;
         for (holder, mut fids) in told {
             fids.sort_unstable();
             let of = fids.clone();
             let id = self.request(holder, false, super::message::Break { fids }.into());
-            let until = now + self.settings.break_max;
-            self.breaks.insert((holder, id), BreakWait { tickets: vec![ticket], fids: of, until });
+            let wait = BreakWait { batches: vec![(conn, ticket)], fids: of, until };
+            self.breaks.insert((holder, id), wait);
+            self.due(until);
         }
         count
     }

@@ -226,11 +226,11 @@ fn silence_is_asked_about_and_then_final() {
     rig.effects();
     rig.client.on_want(Want::Object { fid: A, have: Stamp(0) }, 1, rig.now);
     rig.sent();
-    rig.pass(2_999);
+    rig.pass(3_999);
     assert_eq!(rig.sent(), []);
     rig.pass(1);
     assert!(matches!(rig.sent()[..], [(_, Message::Ping(_))]));
-    rig.pass(4_999);
+    rig.pass(3_999);
     assert_eq!(rig.effects(), []);
     rig.pass(1);
     let effects = rig.effects();
@@ -688,9 +688,9 @@ fn patience_can_be_chosen() {
     rig.client.set_timeout(Duration::from_secs(3), rig.now);
     rig.client.on_want(Want::Object { fid: A, have: Stamp(0) }, 1, rig.now);
     rig.effects();
-    rig.pass(1_000);
+    rig.pass(1_200);
     assert!(matches!(rig.sent()[..], [(_, Message::Ping(_))]));
-    rig.pass(2_000);
+    rig.pass(1_800);
     assert_eq!(Rig::resolved(&rig.effects()), [(1, Err(Unmet::Unreachable))]);
 }
 

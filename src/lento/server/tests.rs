@@ -2,7 +2,8 @@
 
 use super::super::intake::{self, Content};
 use super::super::message::{
-    Acked, Batch, Break, Changes, Data, List, Page, Pong, Read, Since, Stamped, Stat,
+    Acked, Ask, Batch, Break, Changes, Data, List, Page, Ping, Pong, Read, Released, Since,
+    Stamped, Stat, Statfs,
 };
 use super::super::reint::Applied;
 use super::super::rights::Mode;
@@ -16,7 +17,6 @@ const B: ConnId = ConnId(2);
 struct Rig {
     server: Server,
     now: Instant,
-    /// everything but pings
     done: Vec<Effect>,
 }
 
@@ -66,9 +66,7 @@ impl Rig {
     /// The effects since the last call.
     fn take(&mut self) -> Vec<Effect> {
         while let Some(effect) = self.server.poll() {
-            let ping = matches!(&effect, Effect::Send { message: Message::Ping(_), .. });
-            let live = matches!(&effect, Effect::Live { .. });
-            if !ping && !live {
+            if !matches!(&effect, Effect::Live { .. }) {
                 self.done.push(effect);
             }
         }
@@ -118,6 +116,18 @@ fn breaks(effects: &[Effect]) -> Vec<(ConnId, u64, Vec<Fid>)> {
         _ => None,
     };
     effects.iter().filter_map(of).collect()
+}
+
+fn answers(effects: &[Effect]) -> Vec<(ConnId, u64, Message)> {
+    let of = |effect: &Effect| match effect {
+        Effect::Send { conn, id, answer: true, message, .. } => Some((*conn, *id, message.clone())),
+        _ => None,
+    };
+    effects.iter().filter_map(of).collect()
+}
+
+fn pong_of(stamp: u64) -> Message {
+    Pong { stamp: Stamp(stamp) }.into()
 }
 
 fn is_apply(effect: &&Effect) -> bool {
@@ -206,22 +216,60 @@ fn the_silent_and_the_impolite_are_closed() {
     rig.server.on_connect(B, rig.now);
     rig.say(B, 1, Stat { fid: Fid(1), have: Stamp(0) }.into());
     assert_eq!(closed(&rig.take()), [(B, Why::Impolite)]);
+    rig.pass(Duration::from_secs(10));
     assert_eq!(rig.server.wake_at(), None);
 }
 
 #[test]
-fn silence_is_asked_about_and_then_ends_it() {
+fn silence_ends_it() {
     let mut rig = two();
-    assert_eq!(rig.server.wake_at(), Some(rig.now + Duration::from_secs(3)));
-    rig.now += Duration::from_secs(3);
-    rig.server.wake(rig.now);
-    let ping = rig.server.poll();
-    let Some(Effect::Send { conn: A, id, message: Message::Ping(_), .. }) = ping else {
-        panic!("{ping:?}")
-    };
-    rig.reply(A, id, pong());
-    rig.pass(Duration::from_secs(7));
-    assert_eq!(closed(&rig.take()), [(B, Why::Silent)], "A has answered, B has not");
+    rig.pass(Duration::from_secs(9));
+    rig.say(A, 9, Ping {}.into());
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(closed(&rig.take()), [(B, Why::Silent)], "A has said something, B has not");
+}
+
+#[test]
+fn pings_of_many_are_answered_at_once() {
+    let mut rig = two();
+    let rest = rig.server.settings.pong_after;
+    rig.say(A, 7, Ping {}.into());
+    rig.now += rest / 2;
+    rig.say(B, 8, Ping {}.into());
+    assert_eq!(rig.take(), [], "not yet");
+    assert_eq!(rig.server.wake_at(), Some(rig.now + rest / 2));
+    rig.pass(rest / 2);
+    let answers = answers(&rig.take());
+    assert_eq!(answers, [(A, 7, pong_of(100)), (B, 8, pong_of(100))]);
+    rig.pass(rest);
+    assert_eq!(rig.take(), []);
+    rig.say(A, 9, Ping {}.into());
+    rig.say(A, 10, Ping {}.into());
+    assert_eq!(self::answers(&rig.take()), [(A, 9, pong_of(100))], "one rests at most");
+    rig.server.on_closed(A, rig.now);
+    rig.pass(rest);
+    assert_eq!(rig.take(), [], "and none for who is gone");
+}
+
+#[test]
+fn who_says_something_now_and_then_makes_no_work_for_the_timers() {
+    let mut rig = two();
+    let mut wakes = 0;
+    for second in 0..100 {
+        rig.now += Duration::from_secs(1);
+        for conn in [A, B] {
+            rig.say(conn, second, Statfs {}.into());
+        }
+        if rig.server.wake_at().is_some_and(|at| at <= rig.now) {
+            wakes += 1;
+            rig.server.wake(rig.now);
+        }
+    }
+    assert!(closed(&rig.take()).is_empty());
+    assert!(wakes <= 12, "{wakes} times");
+    rig.pass(Duration::from_secs(10));
+    assert_eq!(closed(&rig.take()).len(), 2);
+    assert_eq!(rig.server.wake_at(), None);
 }
 
 #[test]
@@ -273,10 +321,6 @@ fn requests_are_passed_on_and_answered() {
         &rig.take()[..],
         [Effect::Ask { conn: A, id: 7, volume: 0, node: 1, request: Message::List(_) }]
     ));
-    rig.say(A, 8, Ping {}.into());
-    let want: Message = Pong { stamp: Stamp(100) }.into();
-    assert!(matches!(&rig.take()[..],
-        [Effect::Send { conn: A, id: 8, answer: true, message, .. }] if *message == want));
 }
 
 #[test]
@@ -639,4 +683,58 @@ fn nothing_is_applied_whose_last_piece_could_not_be_kept() {
     let effects = rig.take();
     assert_eq!(effects.iter().filter(is_apply).count(), 0);
     assert_eq!(failed(&effects), [(1000, Code::NoSpace)]);
+}
+
+#[test]
+fn of_many_that_are_told_the_last_one_opens_the_way() {
+    let mut rig = rig();
+    let conns: Vec<ConnId> = (1..=40).map(ConnId).collect();
+    for conn in &conns {
+        rig.server.on_connect(*conn, rig.now);
+        rig.say(*conn, 1, hello("v").into());
+        rig.server.on_met(*conn, conn.0, Seq(0), rig.now);
+        rig.give(*conn, &[33, 34]);
+    }
+    rig.say(A, 5, Ask { fids: vec![Fid(33)] }.into());
+    rig.say(B, 6, Ask { fids: vec![Fid(34)] }.into());
+    let told = breaks(&rig.take());
+    assert_eq!(told.len(), 2 * 39);
+    let (of_a, of_b): (Vec<_>, Vec<_>) = told.into_iter().partition(|(.., f)| *f == [Fid(33)]);
+    for (conn, id, _) in &of_a[1..] {
+        rig.reply(*conn, *id, pong());
+        assert_eq!(rig.take(), [], "others have not let go");
+    }
+    let (conn, id, _) = of_a[0];
+    rig.reply(conn, id, pong());
+    assert!(matches!(&answers(&rig.take())[..], [(A, 5, Message::Granted(_))]));
+    assert_eq!(rig.server.mode(0, A, Fid(33)), Mode::Write);
+    // one of those who are asked for the other leaves, and nobody waits for it
+    for (conn, id, _) in &of_b[1..] {
+        rig.reply(*conn, *id, pong());
+    }
+    assert_eq!(rig.take(), []);
+    rig.say(of_b[0].0, 7, Released { kept: vec![], upto: Seq(0) }.into());
+    assert!(matches!(&answers(&rig.take())[..], [(B, 6, Message::Granted(_))]));
+}
+
+#[test]
+fn who_waits_for_itself_to_let_go_is_served_then() {
+    let mut rig = rig();
+    let c = ConnId(3);
+    for conn in [A, B, c] {
+        rig.server.on_connect(conn, rig.now);
+        rig.say(conn, 1, hello("v").into());
+        rig.server.on_met(conn, conn.0, Seq(0), rig.now);
+        rig.give(conn, &[33]);
+    }
+    rig.say(A, 5, Ask { fids: vec![Fid(33)] }.into());
+    let told = breaks(&rig.take());
+    assert_eq!(told.len(), 2, "B and C");
+    // B reads it again meanwhile, and A, for whom it let go, leaves: C is not waited for
+    let request = Stat { fid: Fid(33), have: Stamp(0) }.into();
+    rig.server.on_answer(B, 9, (&request, pong()), &[Fid(33)], rig.now);
+    rig.server.on_closed(A, rig.now);
+    assert_eq!(rig.take(), []);
+    rig.reply(B, told[0].1, pong());
+    assert!(matches!(&rig.take()[..], [Effect::Ask { conn: B, id: 9, .. }]));
 }
