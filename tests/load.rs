@@ -19,7 +19,9 @@ const PROMISE_LEN_MAX: u64 = 3 * 100;
 #[test]
 fn all_who_hold_a_file_are_told_before_its_change_is_acknowledged() {
     let imz = Path::new(env!("CARGO_BIN_EXE_imz"));
-    let dir = tempfile::tempdir().unwrap();
+    let memory = Path::new("/dev/shm");
+    let base = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+    let dir = tempfile::tempdir_in(base).unwrap();
     let files = PROMISES / CLIENTS / 2;
     herd::make_tree(dir.path(), CLIENTS, files, files);
     let places = herd::scout(imz, dir.path());

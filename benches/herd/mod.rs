@@ -459,5 +459,6 @@ fn greeting(incarnation: [u8; 16]) -> msg::Hello {
         volume_id: [0; 16],
         host: "load".into(),
         pending: Seq(0),
+        keeps: false,
     }
 }
