@@ -460,5 +460,6 @@ fn greeting(incarnation: [u8; 16]) -> msg::Hello {
         host: "load".into(),
         pending: Seq(0),
         keeps: false,
+        locks: false,
     }
 }

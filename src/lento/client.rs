@@ -370,8 +370,10 @@ pub struct Client {
     chance: u64,
     /// not online: until then wants wait for the connection
     grace_until: Instant,
-    /// when anything came from the server, and when bytes came that somebody may wait for
-    heard_at: Instant,
+    /// when the newest request was sent that the server has answered: it heard of us not earlier,
+    /// so what we may do lasts a lease from then
+    proved_at: Instant,
+    /// when bytes came that somebody may wait for
     moved_at: Instant,
     moved_len: u64,
     pinged: bool,
@@ -408,7 +410,7 @@ impl Client {
             fails: 0,
             chance: seed | 1,
             grace_until: now + settings.timeout,
-            heard_at: now,
+            proved_at: now,
             moved_at: now,
             moved_len: 0,
             pinged: false,
@@ -464,7 +466,7 @@ impl Client {
             _ => {
                 let lease = policy::lease(self.timeout);
                 let quiet = if self.pinged { lease } else { self.ping_after() };
-                let silent = self.heard_at + quiet;
+                let silent = self.proved_at + quiet;
                 let patience = policy::patience(self.timeout);
                 self.oldest_wait().map_or(silent, |since| silent.min(since + patience))
             }
@@ -520,11 +522,11 @@ impl Client {
     fn look_for_silence(&mut self, now: Instant) {
         let (timeout, lease) = (self.timeout, policy::lease(self.timeout));
         let overdue = |since: Instant| now >= since + policy::patience(timeout);
-        if now >= self.heard_at + lease || self.oldest_wait().is_some_and(overdue) {
+        if now >= self.proved_at + lease || self.oldest_wait().is_some_and(overdue) {
             self.close("the server is silent", now);
             // Whoever waited has waited long enough.
             self.grace_until = now;
-        } else if now >= self.heard_at + self.ping_after() && !self.pinged {
+        } else if now >= self.proved_at + self.ping_after() && !self.pinged {
             self.pinged = true;
             self.line.ask(Ask::Ping, Some(now), Ping {}.into());
         }
@@ -541,7 +543,7 @@ impl Client {
             return;
         }
         self.state = State::Greeting;
-        (self.heard_at, self.moved_at, self.pinged) = (now, now, false);
+        (self.proved_at, self.moved_at, self.pinged) = (now, now, false);
         let hello = Hello {
             version: VERSION,
             volume: self.who.volume.clone(),
@@ -594,7 +596,6 @@ impl Client {
     pub fn on_heard(&mut self, len: u64, now: Instant) {
         /// So much is more than the answers to pings: what somebody waits for is coming.
         const MOVED_LEN: u64 = 16 << 10;
-        (self.heard_at, self.pinged) = (now, false);
         self.moved_len += len;
         if self.moved_len >= MOVED_LEN {
             (self.moved_len, self.moved_at) = (0, now);
@@ -603,7 +604,6 @@ impl Client {
 
     /// A message came: an answer to our request `id`, or the server's request `id`.
     pub fn on_message(&mut self, id: u64, answer: bool, message: Message, now: Instant) {
-        (self.heard_at, self.pinged) = (now, false);
         let ping = matches!(message, Message::Ping(_) | Message::Pong(_));
         self.line.message_count += u64::from(!ping);
         match self.state {
@@ -740,8 +740,12 @@ impl Client {
             }
             return;
         };
-        if asked.waits_since.is_some() {
-            self.moved_at = now;
+        if let Some(since) = asked.waits_since {
+            self.proved_at = self.proved_at.max(since);
+            match asked.ask {
+                Ask::Ping => self.pinged = false,
+                _ => self.moved_at = now,
+            }
         }
         match (asked.ask, message) {
             (Ask::Hello, Message::Welcome(m)) => self.on_welcome(m, now),

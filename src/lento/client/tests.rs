@@ -9,6 +9,8 @@ const B: Fid = Fid(11);
 struct Rig {
     client: Client,
     now: Instant,
+    /// effects that were looked at for pings only
+    seen: Vec<Effect>,
 }
 
 fn who() -> Who {
@@ -47,7 +49,7 @@ impl Rig {
         let now = Instant::now() + Duration::from_secs(1000);
         let mut client = Client::new(who(), Stamp(40), Seq(acked), Settings::default(), 9, now);
         client.on_bell(Bell { settled: Seq(settled), written_len: 0, oldest_at: now }, now);
-        Rig { client, now }
+        Rig { client, now, seen: Vec::new() }
     }
     fn online(acked: u64, settled: u64) -> Rig {
         let mut rig = Rig::new(acked, settled);
@@ -69,7 +71,20 @@ impl Rig {
         self.all_effects().into_iter().filter(|e| !about_rights(e)).collect()
     }
     fn all_effects(&mut self) -> Vec<Effect> {
-        std::iter::from_fn(|| self.client.poll()).collect()
+        let new = std::iter::from_fn(|| self.client.poll());
+        std::mem::take(&mut self.seen).into_iter().chain(new).collect()
+    }
+    /// The server is there: it answers pings, and sends so many bytes of something else.
+    fn heard(&mut self, len: u64) {
+        for effect in self.all_effects() {
+            match effect {
+                Effect::Send { id, message: Message::Ping(_), .. } => {
+                    self.answer(id, Pong { stamp: Stamp(50) });
+                }
+                other => self.seen.push(other),
+            }
+        }
+        self.client.on_heard(len, self.now);
     }
     /// Requests among the effects, and nothing else of them.
     fn sent(&mut self) -> Vec<(u64, Message)> {
@@ -247,12 +262,12 @@ fn a_server_that_is_there_but_does_not_answer_is_left() {
     let mut closed_after = 0;
     for second in 1..40 {
         rig.pass(1_000);
+        rig.heard(50);
         let effects = rig.effects();
         if effects.iter().any(|e| matches!(e, Effect::Close { .. })) {
             closed_after = second;
             break;
         }
-        rig.client.on_heard(50, rig.now);
     }
     assert_eq!(closed_after, 30, "others may have to let go first");
     // Bytes that come slowly are an answer on its way.
@@ -260,8 +275,8 @@ fn a_server_that_is_there_but_does_not_answer_is_left() {
     rig.client.on_want(bytes(A, &[0], &[]), 1, rig.now);
     rig.effects();
     for _ in 1..60 {
-        rig.client.on_heard(20_000, rig.now);
         rig.pass(1_000);
+        rig.heard(20_000);
         assert!(!rig.effects().iter().any(|e| matches!(e, Effect::Close { .. })));
     }
 }
@@ -620,7 +635,7 @@ fn batches_that_nothing_happens_to_end_the_connection() {
     while rig.client.is_online() {
         seconds += 1;
         rig.pass(1_000);
-        rig.client.on_heard(10, rig.now);
+        rig.heard(10);
         if seconds == 60 {
             let read = Read { fid: A, at: 0, len: 5, stamp: Stamp(0) };
             rig.client.on_message(8, false, read.clone().into(), rig.now);
@@ -637,7 +652,7 @@ fn saves_how_current_it_is_now_and_then() {
     rig.effects();
     for _ in 0..31 {
         rig.pass(1_000);
-        rig.client.on_heard(10, rig.now);
+        rig.heard(10);
     }
     let saved = |rig: &mut Rig| rig.effects().contains(&Effect::SaveCurrent(Stamp(50)));
     assert!(saved(&mut rig));
@@ -711,4 +726,16 @@ fn what_is_recalled_while_catching_up_does_not_come_with_the_volume() {
     let at = |wanted: &Effect| effects.iter().position(|effect| effect == wanted).unwrap();
     let given = at(&Effect::SetVolume { mode: Mode::Write, raise: false });
     assert!(given < at(&Effect::SetModes { fids: vec![A], mode: Mode::None }));
+}
+
+/// What the server says by itself does not prove that it hears us: a lease is not renewed by it.
+#[test]
+fn who_is_not_heard_loses_its_lease_although_it_hears() {
+    let mut rig = Rig::online(0, 0);
+    for second in 1..20 {
+        rig.pass(1_000);
+        rig.client.on_heard(5_000, rig.now);
+        rig.client.on_message(second, false, Ping {}.into(), rig.now);
+        assert_eq!(rig.client.is_online(), second < 8, "{second}");
+    }
 }
