@@ -143,7 +143,8 @@ fn a_file_goes_back_and_forth_in_three_round_trips() {
     let each = messages as f64 / TURNS as f64;
     let rate = TURNS as f64 / took.as_secs_f64();
     println!("{each:.2} messages a turn, {rate:.0} turns a second");
-    assert!(each <= 6.05, "{each} messages a turn"); // and a few pings
+    // six, and now and then one more of those that go on by themselves
+    assert!(each <= 6.15, "{each} messages a turn");
 }
 
 #[test]

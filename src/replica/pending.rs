@@ -200,7 +200,7 @@ impl Pending {
     /// Every object that own records newer than `mark` are about, and every directory in which
     /// such a record changed a name.
     pub fn newer_than(&self, mark: Seq) -> impl Iterator<Item = Fid> + '_ {
-        self.objects.iter().filter(move |(_, own)| own.newest() > mark).map(|(fid, _)| *fid)
+        self.objects.keys().copied().filter(move |fid| self.own(*fid).newest() > mark)
     }
     /// Records that the server lacks.
     pub fn count(&self) -> u64 {

@@ -163,8 +163,9 @@ impl Driver {
     }
 
     pub(super) fn on_refused(&mut self, code: Code, what: String) {
+        // First what it means: who waits for the first contact is woken by either.
+        self.shared.facts().contact.get_or_insert(Err((code, what.clone())));
         self.note_error(&format!("refused: {what}"));
-        self.shared.facts().contact.get_or_insert(Err((code, what)));
         self.shared.changed.notify_all();
     }
 
