@@ -461,7 +461,7 @@ impl Server {
     pub(super) fn pump(&mut self, no: VolumeNo, now: Instant) {
         self.pump_from(no, 0, now);
     }
-    /// The same, from the `at`th on. Who is served makes room for those behind it at most.
+    /// The same, beginning with the `at`th.
     fn pump_from(&mut self, no: VolumeNo, mut at: usize, now: Instant) {
         loop {
             let queue = &self.volumes[no].permits.queue;
@@ -483,6 +483,7 @@ impl Server {
                 if let Some(waiting) = self.volumes[no].permits.queue.remove(at) {
                     self.serve(no, waiting, now);
                 }
+                at = 0; // what was served may have asked for more, and changed the queue
                 continue;
             }
             for (holder, fids, mode) in blockers {
