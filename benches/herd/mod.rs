@@ -390,11 +390,12 @@ impl Herd {
         }
     }
     fn serve(&mut self, no: No) {
-        self.ping_at(no, Instant::now() + policy::PING_AFTER);
+        let mut answered = false;
         let client = &mut self.clients[no];
         loop {
             for incoming in client.conn.read().unwrap() {
                 let (id, answer) = (incoming.id, incoming.answer);
+                answered |= answer;
                 let reply: Message = match incoming.message {
                     Message::Pong(_) if answer => continue,
                     message if answer => {
@@ -417,8 +418,12 @@ impl Herd {
             }
             client.conn.flush().unwrap();
             if !client.conn.has_more() {
-                return;
+                break;
             }
+        }
+        // as a mount does: counted from the answer before
+        if answered {
+            self.ping_at(no, Instant::now() + policy::PING_AFTER);
         }
     }
 }

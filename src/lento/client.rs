@@ -373,6 +373,8 @@ pub struct Client {
     /// when the newest request was sent that the server has answered: it heard of us not earlier,
     /// so what we may do lasts a lease from then
     proved_at: Instant,
+    /// when that answer came
+    answered_at: Instant,
     /// when bytes came that somebody may wait for
     moved_at: Instant,
     moved_len: u64,
@@ -411,6 +413,7 @@ impl Client {
             chance: seed | 1,
             grace_until: now + settings.timeout,
             proved_at: now,
+            answered_at: now,
             moved_at: now,
             moved_len: 0,
             pinged: false,
@@ -464,9 +467,8 @@ impl Client {
             State::Away { retry_at } => retry_at,
             State::Connecting { until } => until,
             _ => {
-                let lease = policy::lease(self.timeout);
-                let quiet = if self.pinged { lease } else { self.ping_after() };
-                let silent = self.proved_at + quiet;
+                let lease_end = self.proved_at + policy::lease(self.timeout);
+                let silent = if self.pinged { lease_end } else { self.ping_at() };
                 let patience = policy::patience(self.timeout);
                 self.oldest_wait().map_or(silent, |since| silent.min(since + patience))
             }
@@ -515,8 +517,11 @@ impl Client {
         }
     }
 
-    fn ping_after(&self) -> Duration {
-        policy::PING_AFTER.min(policy::lease(self.timeout) / 2)
+    /// Counted from the answer before, if that came soon: a server answers many at once, and who asks
+    /// again in step with that costs it one wake for all of them.
+    fn ping_at(&self) -> Instant {
+        let after = policy::PING_AFTER.min(policy::lease(self.timeout) / 2);
+        self.answered_at.min(self.proved_at + after / 4) + after
     }
 
     fn look_for_silence(&mut self, now: Instant) {
@@ -526,7 +531,7 @@ impl Client {
             self.close("the server is silent", now);
             // Whoever waited has waited long enough.
             self.grace_until = now;
-        } else if now >= self.proved_at + self.ping_after() && !self.pinged {
+        } else if now >= self.ping_at() && !self.pinged {
             self.pinged = true;
             self.line.ask(Ask::Ping, Some(now), Ping {}.into());
         }
@@ -543,7 +548,8 @@ impl Client {
             return;
         }
         self.state = State::Greeting;
-        (self.proved_at, self.moved_at, self.pinged) = (now, now, false);
+        (self.proved_at, self.answered_at) = (now, now);
+        (self.moved_at, self.pinged) = (now, false);
         let hello = Hello {
             version: VERSION,
             volume: self.who.volume.clone(),
@@ -741,7 +747,7 @@ impl Client {
             return;
         };
         if let Some(since) = asked.waits_since {
-            self.proved_at = self.proved_at.max(since);
+            (self.proved_at, self.answered_at) = (self.proved_at.max(since), now);
             match asked.ask {
                 Ask::Ping => self.pinged = false,
                 _ => self.moved_at = now,

@@ -255,6 +255,23 @@ fn silence_is_asked_about_and_then_final() {
 }
 
 #[test]
+fn who_is_answered_late_asks_in_step_with_that_but_within_its_lease() {
+    // so late is the answer, and then so long it is until the next question
+    for (late, next) in [(0, 4_000), (100, 4_000), (1_000, 4_000), (3_000, 2_000)] {
+        let mut rig = Rig::online(0, 0);
+        rig.effects();
+        rig.pass(4_000);
+        let ping = rig.sent().pop().unwrap();
+        rig.pass(late);
+        rig.answer(ping.0, Message::from(Pong { stamp: Stamp(40) }));
+        rig.pass(next - 1);
+        assert_eq!(rig.sent(), [], "late by {late}");
+        rig.pass(1);
+        assert!(matches!(rig.sent()[..], [(_, Message::Ping(_))]), "late by {late}");
+    }
+}
+
+#[test]
 fn a_server_that_is_there_but_does_not_answer_is_left() {
     let mut rig = Rig::online(0, 0);
     rig.client.on_want(Want::Object { fid: A, have: Stamp(0) }, 1, rig.now);
