@@ -11,6 +11,7 @@ use imz::kml::codec::Outcome;
 use imz::kml::log::{Log, Options as LogOptions};
 use imz::kml::record::*;
 use imz::lento::client::Unmet;
+use imz::lento::rights::{self, Held, Mode};
 use imz::net::client::{self, Handle, Notify, Options, Peer, Want};
 use imz::net::server::{Embedded, Export, Server};
 use imz::replica::cache::Cache;
@@ -39,6 +40,7 @@ struct Node {
     root: PathBuf,
     cache: Arc<Cache>,
     handle: Handle,
+    rights: Arc<Held>,
     notices: Arc<Mutex<Vec<Notice>>>,
     clock: std::cell::Cell<u64>,
 }
@@ -66,11 +68,13 @@ fn node(at: &Path, served: &Served, incarnation: u128) -> Node {
         Some(server) => server.connect(),
         None => Err(std::io::ErrorKind::ConnectionRefused.into()),
     }));
-    let options = Options { age: Duration::from_millis(10), ..Options::default() };
+    let rights = Arc::new(Held::default());
+    let age = Duration::from_millis(10);
+    let options = Options { age, rights: rights.clone(), ..Options::default() };
     let notes = Box::new(Notes(notices.clone()));
     let handle = client::start(cache.clone(), peer, options, notes).unwrap();
     let clock = std::cell::Cell::new(1_700_000_000_000_000_000 + (incarnation as u64) * 1000);
-    Node { root: sub("tree"), cache, handle, notices, clock }
+    Node { root: sub("tree"), cache, handle, rights, notices, clock }
 }
 
 impl Node {
@@ -78,6 +82,11 @@ impl Node {
         let (tell, told) = std::sync::mpsc::channel();
         self.handle.want(want, Box::new(move |how| tell.send(how).unwrap()));
         told.recv_timeout(SOON).expect("every want ends")
+    }
+    /// As the filter decides whether to answer from the cache.
+    fn valid(&self, meta: &Meta) -> bool {
+        let may = self.rights.mode(meta.fid) >= Mode::Read || !self.cache.is_online();
+        self.cache.valid(meta) && may
     }
     fn meta(&self, fid: Fid) -> Meta {
         if fid == ROOT {
@@ -89,7 +98,7 @@ impl Node {
     fn dir(&self, fid: Fid) -> Arc<Dir> {
         for _ in 0..5 {
             let meta = self.meta(fid);
-            if meta.complete && self.cache.valid(&meta) {
+            if meta.complete && self.valid(&meta) {
                 return self.cache.tree.dir(fid).unwrap();
             }
             self.want(Want::Dir(fid)).unwrap();
@@ -110,7 +119,7 @@ impl Node {
         let fid = self.fid(path);
         for _ in 0..5 {
             let meta = self.meta(fid);
-            if !self.cache.valid(&meta) {
+            if !self.valid(&meta) {
                 self.want(Want::Object(fid)).unwrap();
             } else if meta.complete {
                 return std::fs::read(self.root.join(path)).unwrap();
@@ -122,6 +131,9 @@ impl Node {
     }
     fn act(&self, op: Op, act: impl FnOnce(Time)) -> Seq {
         self.clock.set(self.clock.get() + 1_000_001);
+        let mut few = [None; 4];
+        few.iter_mut().zip(rights::needs(&op)).for_each(|(place, fid)| *place = Some(fid));
+        self.want(Want::Permit(few)).unwrap();
         let (time_ns, (uid, gid)) = (self.clock.get(), cred::own());
         let origin = Origin::default();
         let record = Record { time_ns, origin, uid, gid, path: vec![], op };
