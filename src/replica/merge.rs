@@ -340,8 +340,16 @@ fn retire(
     Ok(true)
 }
 
+/// Whether what vanished from the tree must be kept: somebody writes to it, or the server does not
+/// have all of it. While anything that was let go is on its way, that may be this.
+pub fn is_kept(cache: &Cache, fid: Fid, kind: Kind, acked: Seq) -> bool {
+    cache.written(fid).is_some()
+        || cache.pending().is_letting_go()
+        || is_needed(cache, fid, kind, acked)
+}
+
 /// Whether own records newer than `mark` are about the object, or about anything below it.
-pub fn is_needed(cache: &Cache, fid: Fid, kind: Kind, mark: Seq) -> bool {
+fn is_needed(cache: &Cache, fid: Fid, kind: Kind, mark: Seq) -> bool {
     let newer: Vec<Fid> = {
         let pending = cache.pending();
         if pending.own(fid).newest() > mark {

@@ -183,6 +183,10 @@ impl Pending {
             *known = upto.max(*known);
         }
     }
+    /// Whether the server may lack something that was let go.
+    pub fn is_letting_go(&self) -> bool {
+        self.all_let_go > self.acked || self.let_go.values().any(|upto| *upto > self.acked)
+    }
     /// The connection is gone: what has not arrived is ours again.
     pub fn take_back(&mut self) {
         self.let_go.clear();

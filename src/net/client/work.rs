@@ -19,7 +19,7 @@ use crate::kml::record::{Op, Record, Seq, Stamp};
 use crate::lento::message::{BATCH_RECORDS_MAX, Batch, INLINE_LEN_MAX, Item, PAGE_LEN};
 use crate::net::poll::Waker;
 use crate::replica::cache::{Cache, CacheError};
-use crate::replica::merge::is_needed;
+use crate::replica::merge::is_kept;
 use crate::replica::pending::data_len;
 use crate::replica::tree::TreeError;
 use crate::sys::Errno;
@@ -116,9 +116,7 @@ fn keep(cache: &Cache, acked: Seq, current: Stamp) -> Result<(), CacheError> {
         cache.set_current_stamp(current)?;
     }
     cache.log.trim(acked)?;
-    let keep = |fid, stat: &fs::Stat| {
-        cache.written(fid).is_some() || is_needed(cache, fid, stat.kind(), acked)
-    };
+    let keep = |fid, stat: &fs::Stat| is_kept(cache, fid, stat.kind(), acked);
     if let Err(e) = cache.limbo.clear(LIMBO_REST, keep) {
         log::warn!("limbo: {e}");
     }

@@ -566,6 +566,25 @@ fn acknowledgements_bring_stamps_and_conflicts() {
     assert!(rig.meta(30).stale);
 }
 
+/// What was let go for others is still only here until the server has fetched it.
+#[test]
+fn what_is_on_its_way_stays_in_limbo() {
+    let rig = rig();
+    rig.list(1, 0, vec![]);
+    let seq = rig.own_create(1, "a", 30);
+    let kept = |kind| is_kept(&rig.cache, Fid(30), kind, Seq(0));
+    assert!(kept(Kind::File), "it was never shipped");
+    for fids in [&[Fid(30)][..], &[]] {
+        rig.cache.pending().let_go(fids, seq);
+        assert!(kept(Kind::File) && kept(Kind::Dir), "it is shipped at this moment");
+        rig.cache.pending().take_back();
+    }
+    rig.cache.pending().let_go(&[Fid(30)], seq);
+    rig.cache.pending().acked(seq);
+    rig.cache.pending().prune(seq);
+    assert!(!is_kept(&rig.cache, Fid(30), Kind::File, seq), "the server has it");
+}
+
 #[test]
 fn what_the_journal_holds_pends_again_after_a_restart() {
     let rig = rig();
