@@ -290,7 +290,8 @@ impl Fetcher {
                     let (stamp, size) = (m.object.stamp, m.object.attr.size);
                     line.effect(Effect::SetModes { fids: vec![fid], mode: m.mode });
                     line.effect(Effect::SetObject { object: m.object, mark: look.mark });
-                    if let Some(bytes) = m.data {
+                    // All of it, or it is fetched: what is short would pass for zeros.
+                    if let Some(bytes) = m.data.filter(|bytes| bytes.len() as u64 == size) {
                         let granule = Some((0, size));
                         line.effect(Effect::WriteRange { fid, stamp, at: 0, bytes, granule });
                     }
@@ -323,7 +324,11 @@ impl Fetcher {
             }
             last = &entry.name;
         }
-        if page.dir.fid != dir || (page.more && page.entries.is_empty()) {
+        let partial = page.gone.is_some();
+        if page.dir.fid != dir
+            || (page.more && page.entries.is_empty())
+            || (partial && listing.have == Stamp(0))
+        {
             return false;
         }
         let (last, first, more) = (last.clone(), listing.after.is_empty(), page.more);

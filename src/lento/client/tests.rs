@@ -756,3 +756,36 @@ fn who_is_not_heard_loses_its_lease_although_it_hears() {
         assert_eq!(rig.client.is_online(), second < 8, "{second}");
     }
 }
+
+#[test]
+fn contents_that_are_short_do_not_count_as_all() {
+    for (len, taken) in [(8, true), (7, false), (9, false)] {
+        let mut rig = Rig::online(0, 0);
+        rig.effects();
+        rig.client.on_want(Want::Object { fid: A, have: Stamp(3) }, 1, rig.now);
+        let stat = rig.sent().pop().unwrap();
+        let attr = Attr { size: 8, ..Attr::default() };
+        let object = Object { attr, ..object(A) };
+        rig.answer(stat.0, Status { object, mode: Mode::Read, data: Some(vec![7; len]) });
+        let effects = rig.effects();
+        let writes = effects.iter().any(|e| matches!(e, Effect::WriteRange { .. }));
+        assert_eq!(writes, taken, "{len} bytes");
+        assert_eq!(Rig::resolved(&effects), [(1, Ok(()))]);
+    }
+}
+
+#[test]
+fn a_listing_of_changes_is_taken_only_where_the_rest_is_here() {
+    for (have, taken) in [(Stamp(3), true), (Stamp(0), false)] {
+        let mut rig = Rig::online(0, 0);
+        rig.effects();
+        rig.client.on_want(Want::Dir { fid: A, have }, 1, rig.now);
+        let list = rig.sent().pop().unwrap();
+        let (dir, entries, more, gone) = (object(A), vec![], false, Some(vec![]));
+        let (mode, read_only) = (Mode::Read, vec![]);
+        rig.answer(list.0, Page { dir, entries, more, gone, mode, read_only });
+        let effects = rig.effects();
+        let merged = effects.iter().any(|e| matches!(e, Effect::FinishListing { .. }));
+        assert_eq!((merged, rig.client.is_online()), (taken, taken));
+    }
+}
