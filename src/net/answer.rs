@@ -86,10 +86,11 @@ fn try_answer(
                 *have != Stamp(0) && *have < found.stamp && Kind::of(found.attr.mode) == Kind::File;
             let is_small = found.attr.size <= FRESH_LEN_MAX.into();
             let data = match is_old && is_small && found.attr.size > 0 {
-                true => Some(volume.read(node, *fid, 0, FRESH_LEN_MAX, found.stamp)?.bytes),
+                // What cannot be read now is told to who asks for it.
+                true => volume.read(node, *fid, 0, FRESH_LEN_MAX, found.stamp).ok(),
                 false => None,
             };
-            let data = data.filter(|bytes| bytes.len() as u64 == found.attr.size);
+            let data = data.map(|it| it.bytes).filter(|it| it.len() as u64 == found.attr.size);
             (Status { object: object(found), mode: Mode::None, data }.into(), vec![*fid])
         }
         Message::Read(read) => {

@@ -161,6 +161,12 @@ struct Names {
     sorted: Arc<Vec<Name>>,
 }
 
+/// About how much an entry adds to a page, bytes.
+fn entry_len(name: &Name, object: &Object) -> usize {
+    let xattrs = object.xattrs.iter().map(|(k, v)| 8 + k.len() + v.len());
+    128 + name.as_bytes().len() + object.target.len() + xattrs.sum::<usize>()
+}
+
 /// A sync, for another thread to carry out.
 pub struct SyncJob {
     tree: Arc<Tree>,
@@ -348,8 +354,7 @@ impl Volume {
                 Err(VolumeError::Os(Errno::NOENT)) => continue,
                 Err(e) => return Err(e),
             };
-            len += 128 + name.as_bytes().len() + object.target.len();
-            len += object.xattrs.iter().map(|(k, v)| 8 + k.len() + v.len()).sum::<usize>();
+            len += entry_len(name, &object);
             page.entries.push((name.as_bytes().to_vec(), object));
         }
         if !page.more {
@@ -381,10 +386,12 @@ impl Volume {
         let mut page = Listing { dir: self.dir_object(&dir)?, entries: Vec::new(), more: false };
         let (mut gone, mut len) = (Vec::new(), 0);
         for name in names {
+            if len >= PAGE_LEN {
+                return Ok(None);
+            }
             match self.object(&dir, &name) {
                 Ok(object) => {
-                    len += 128 + name.as_bytes().len() + object.target.len();
-                    len += object.xattrs.iter().map(|(k, v)| 8 + k.len() + v.len()).sum::<usize>();
+                    len += entry_len(&name, &object);
                     page.entries.push((name.as_bytes().to_vec(), object));
                 }
                 Err(VolumeError::Os(Errno::NOENT)) => {
@@ -394,7 +401,7 @@ impl Volume {
                 Err(e) => return Err(e),
             }
         }
-        Ok((len < PAGE_LEN).then_some((page, gone)))
+        Ok(Some((page, gone)))
     }
     /// Sorted; those of the directory that is being paged through are kept.
     fn names(&mut self, dir: &Dir, first: bool) -> Result<Arc<Vec<Name>>> {
