@@ -30,6 +30,10 @@ use super::rights::Mode;
 use super::ship::{Bell, Heard, Shipper};
 use crate::kml::record::{Fid, Seq, Stamp};
 
+mod letting;
+
+use letting::Letting;
+
 /// Most breaks that wait for the kernel at one time; a server that sends more is not ours.
 const BREAKS_MAX: usize = 4096;
 
@@ -330,16 +334,6 @@ impl Line {
         let resolve = |ticket| Effect::Resolve { ticket, how };
         self.effects.extend(tickets.into_iter().map(resolve));
     }
-}
-
-/// A recall that is not answered yet.
-struct Letting {
-    id: u64,
-    /// `None` until the driver says that nobody works by the old rights any more
-    target: Option<Seq>,
-    kept: Vec<Fid>,
-    /// the kernel has forgotten what may not be read
-    told: bool,
 }
 
 /// The machine.
@@ -647,83 +641,6 @@ impl Client {
             }
             _ => self.close("the server spoke out of turn", now),
         }
-    }
-
-    fn on_recall(&mut self, id: u64, m: Recall) {
-        if self.state == State::CatchingUp {
-            self.recalled.push(m.clone());
-        }
-        self.lettings.push(Letting { id, target: None, kept: Vec::new(), told: false });
-        if m.fids.is_empty() {
-            self.volume = m.mode;
-        }
-        self.locker.on_recall(&m.fids, &mut self.line);
-        self.line.effect(Effect::Lower { recall_id: id, fids: m.fids, mode: m.mode });
-    }
-
-    /// Nobody works by the recalled rights any more. They are let go when everything up to `target`
-    /// is on its way; `kept` is still read.
-    pub fn on_lowered(&mut self, recall_id: u64, target: Seq, kept: Vec<Fid>, now: Instant) {
-        let Some(letting) = self.lettings.iter_mut().find(|l| l.id == recall_id) else { return };
-        (letting.target, letting.kept) = (Some(target), kept);
-        self.shipper.ask_upto(target);
-        self.ship(now);
-        self.let_go();
-    }
-
-    /// The kernel has forgotten what may not be read any more.
-    pub fn on_told(&mut self, recall_id: u64) {
-        if let Some(letting) = self.lettings.iter_mut().find(|l| l.id == recall_id) {
-            letting.told = true;
-            self.let_go();
-        }
-    }
-
-    /// Answers the recalls that are done.
-    fn let_go(&mut self) {
-        let sent = self.shipper.sent();
-        let is_done = |l: &mut Letting| l.told && l.target.is_some_and(|target| target <= sent);
-        for letting in self.lettings.extract_if(.., is_done).collect::<Vec<_>>() {
-            self.line.message_count += 1;
-            let upto = letting.target.unwrap_or_default();
-            let message = Released { kept: letting.kept, upto }.into();
-            let id = letting.id;
-            self.line.effect(Effect::Send { foreground: true, id, answer: true, message });
-        }
-    }
-
-    /// The mount ends, with nothing left to be shipped: others need not wait for it.
-    pub fn farewell(&mut self) {
-        if self.is_online() {
-            let (message, id) = (Released { kept: Vec::new(), upto: Seq(0) }.into(), 0);
-            self.line.effect(Effect::Send { foreground: true, id, answer: false, message });
-        }
-    }
-
-    fn set_volume(&mut self, mode: Mode, raise: bool) {
-        self.volume = mode;
-        self.line.effect(Effect::SetVolume { mode, raise });
-    }
-
-    /// Somebody has to ask. Who does so often asks for all at once.
-    fn note_asking(&mut self, now: Instant) {
-        if self.volume != Mode::None || self.asks_all || !self.is_online() {
-            return;
-        }
-        self.asked_at.push_back(now);
-        if self.asked_at.len() >= policy::ASKS_MAX
-            && let Some(first) = self.asked_at.pop_front()
-            && now < first + policy::ASKS_WITHIN
-        {
-            self.asks_all = true;
-            self.asked_at.clear();
-            self.since(Ask::ReadAll, self.current, now);
-        }
-    }
-
-    fn since(&mut self, ask: Ask, stamp: Stamp, now: Instant) {
-        let read_all = ask == Ask::ReadAll;
-        self.line.ask(ask, Some(now), Since { stamp, read_all }.into());
     }
 
     /// The kernel has forgotten what the break named.
