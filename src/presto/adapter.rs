@@ -17,17 +17,13 @@ use crossbeam_channel::{Receiver, Sender};
 
 use super::abi::reply::{self, OpenFlags};
 use super::abi::{Lock, LockType, Op, Raw, Request};
-use super::filter::{Filter, Result, Stop, Want, as_is};
+use super::filter::{FRESH_TRIES_MAX, Filter, Result, Stop, TRIES_MAX, Want, as_is};
 use super::open::{Open, held};
 use super::parked::{Interrupted, Parked, Ticket};
 use crate::kml::record::Fid;
 use crate::lento::locks::{LockAsk, LockHeld, LockKind};
 use crate::sys::{Errno, dev_fuse};
 
-/// After so many fetches an operation takes what is here: it changes as fast as it comes.
-const FRESH_TRIES_MAX: u32 = 32;
-/// After so many it is given up.
-const TRIES_MAX: u32 = 64;
 /// Requests that may wait for a thread that waits for the disk; then it is done at once.
 const SLOW_QUEUE_MAX: usize = 1024;
 /// Threads that wait for the disk.

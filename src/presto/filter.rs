@@ -30,6 +30,11 @@ use crate::sys::Errno;
 use crate::sys::cred::Caller;
 use crate::sys::fs::{self, Kind, Stat};
 
+/// After so many fetches an operation takes what is here: it changes as fast as it comes.
+pub const FRESH_TRIES_MAX: u32 = 32;
+/// After so many it is given up.
+pub const TRIES_MAX: u32 = 64;
+
 /// What must come from the server before an operation can go on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Want {

@@ -10,16 +10,11 @@
 
 use std::sync::Arc;
 
-use super::filter::{Filter, LockDone, Result, Stop, as_is, done};
+use super::filter::{FRESH_TRIES_MAX, Filter, LockDone, Result, Stop, TRIES_MAX, as_is, done};
 use crate::kml::record::{Fid, Seq};
 use crate::lento::locks::{LockAsk, LockKind};
 use crate::lento::rights::Mode;
 use crate::sys::Errno;
-
-/// After so many fetches the lock is granted with what is here: it changes as fast as it comes.
-const FRESH_TRIES_MAX: u32 = 32;
-/// After so many it is given up.
-const TRIES_MAX: u32 = 64;
 
 impl Filter {
     /// Asks for a lock, its end, or who holds it. `then` is called exactly once, on whatever
