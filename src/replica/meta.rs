@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  at  len  field
-//!   0    1  version   1
+//!   0    1  version   2
 //!   1    1  flags     bit 0 COMPLETE, bit 1 STALE
 //!   2    2  zero
 //!   4    4  epoch     of the cache when this was fetched
@@ -12,10 +12,11 @@
 //!  32    4  author    node that made the last change
 //!  36    4  nlink     names that the server counts; 0: as the backing file has them
 //!  40    8  base_size bytes of the server's file that `have` speaks of
-//!  48    n  have      a bit for each granule that is here; empty for a complete object
+//!  48    4  crc       CRC-32 of all other bytes
+//!  52    n  have      a bit for each granule that is here; empty for a complete object
 //! ```
 //!
-//! Little-endian. A granule is 1 MiB, doubled until a file has at most 16,384 of them: the value
+//! Little-endian. Version 1 had no crc, and is still read. A granule is 1 MiB, doubled until a file has at most 16,384 of them: the value
 //! stays below 2.1 KiB, which every file system takes.
 
 use crate::kml::record::{Fid, Range, Stamp};
@@ -25,7 +26,10 @@ pub const GRANULE_LEN_MIN: u64 = 1 << 20;
 /// Most granules of one file.
 pub const GRANULES_MAX: u64 = 16384;
 const FIXED_LEN: usize = 48;
-const VERSION: u8 = 1;
+const CRC_LEN: usize = 4;
+const VERSION: u8 = 2;
+/// Without a crc.
+const VERSION_PLAIN: u8 = 1;
 const COMPLETE: u8 = 1;
 const STALE: u8 = 2;
 
@@ -90,7 +94,7 @@ impl Meta {
     }
 
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(FIXED_LEN + self.have.len());
+        let mut out = Vec::with_capacity(FIXED_LEN + CRC_LEN + self.have.len());
         let flags = if self.complete { COMPLETE } else { 0 } | if self.stale { STALE } else { 0 };
         out.extend_from_slice(&[VERSION, flags, 0, 0]);
         out.extend_from_slice(&self.epoch.to_le_bytes());
@@ -100,18 +104,29 @@ impl Meta {
         out.extend_from_slice(&self.author.to_le_bytes());
         out.extend_from_slice(&self.nlink.to_le_bytes());
         out.extend_from_slice(&self.base_size.to_le_bytes());
+        out.extend_from_slice(&crc(&out, &self.have).to_le_bytes());
         out.extend_from_slice(&self.have);
         out
     }
 
     /// # Errors
-    /// [`BadMeta`] when the bytes are too few, too many, or of another version.
+    /// [`BadMeta`] when the bytes are damaged, too few, too many, or of another version.
     pub fn decode(bytes: &[u8]) -> Result<Meta, BadMeta> {
         let fixed: &[u8; FIXED_LEN] = bytes.first_chunk().ok_or(BadMeta)?;
         let u32_at = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| fixed[at + i]));
         let u64_at = |at| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
-        let have = &bytes[FIXED_LEN..];
-        if fixed[0] != VERSION || have.len() as u64 > GRANULES_MAX / 8 {
+        let have = match (fixed[0], &bytes[FIXED_LEN..]) {
+            (VERSION_PLAIN, have) => have,
+            (VERSION, rest) => {
+                let (check, have) = rest.split_first_chunk::<CRC_LEN>().ok_or(BadMeta)?;
+                if u32::from_le_bytes(*check) != crc(fixed, have) {
+                    return Err(BadMeta);
+                }
+                have
+            }
+            _ => return Err(BadMeta),
+        };
+        if have.len() as u64 > GRANULES_MAX / 8 {
             return Err(BadMeta);
         }
         Ok(Meta {
@@ -216,6 +231,13 @@ impl Meta {
     }
 }
 
+fn crc(fixed: &[u8], have: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(fixed);
+    hasher.update(have);
+    hasher.finalize()
+}
+
 fn granule_len(size: u64) -> u64 {
     let mut len = GRANULE_LEN_MIN;
     while size.div_ceil(len) > GRANULES_MAX {
@@ -238,11 +260,34 @@ mod tests {
         assert_eq!(Meta::decode(&meta.encode()), Ok(meta.clone()));
         assert_eq!(Meta::decode(&meta.encode()[..47]), Err(BadMeta));
         let mut other = meta.encode();
-        other[0] = 2;
+        other[0] = 3;
         assert_eq!(Meta::decode(&other), Err(BadMeta));
         other.resize(FIXED_LEN + 2049, 0);
-        other[0] = 1;
+        other[0] = VERSION_PLAIN;
         assert_eq!(Meta::decode(&other), Err(BadMeta));
+    }
+
+    #[test]
+    fn no_flipped_bit_and_no_cut_passes() {
+        let mut meta = Meta::stub(Fid::new(3, 77), Stamp(9), 40 * MIB + 5);
+        meta.arrived(3 * MIB, MIB);
+        let good = meta.encode();
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(Meta::decode(&bad), Err(BadMeta), "bit {bit}");
+        }
+        for len in 0..good.len() {
+            assert_eq!(Meta::decode(&good[..len]), Err(BadMeta), "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn the_first_version_is_still_read() {
+        let mut first = Meta::whole(Fid::new(3, 77)).encode();
+        first.drain(FIXED_LEN..FIXED_LEN + CRC_LEN);
+        first[0] = VERSION_PLAIN;
+        assert_eq!(Meta::decode(&first), Ok(Meta::whole(Fid::new(3, 77))));
     }
 
     #[test]
