@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::state::{StateError, hex};
+use super::state::{StateError, hex, seal, unseal};
 use crate::kml::record::{Fid, NODE_MAX, Seq};
 
 const FILE: &str = "nodes.json";
@@ -33,15 +33,15 @@ struct Table {
 
 /// One client.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug, Default)]
-struct Node {
-    number: u32,
+pub struct Node {
+    pub number: u32,
     /// hex of 128 bits
-    incarnation: String,
-    host: String,
+    pub incarnation: String,
+    pub host: String,
     /// newest record of it that was applied; in the file: that is kept
-    last: u64,
+    pub last: u64,
     /// newest record of it that stands in the journal, applied or lost with the power
-    seen: u64,
+    pub seen: u64,
     /// fid of a directory that it made, and of the one that stood there already
     aliases: Vec<(u64, u64)>,
 }
@@ -61,11 +61,9 @@ impl Nodes {
     /// The file cannot be read, or is of another version.
     pub fn open(dir: &Path) -> Result<Nodes, StateError> {
         let path = dir.join(FILE);
-        let damaged = |what: String| StateError::Damaged { path: path.clone(), what };
+        let damaged = |what| StateError::Damaged { path: path.clone(), what };
         let table = match std::fs::read(&path) {
-            Ok(bytes) => {
-                serde_json::from_slice::<Table>(&bytes).map_err(|e| damaged(e.to_string()))?
-            }
+            Ok(bytes) => unseal::<Table>(&bytes).map_err(damaged)?,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 Table { version: 1, node_next: 1, ..Table::default() }
             }
@@ -83,6 +81,19 @@ impl Nodes {
             path,
             table,
         })
+    }
+    /// A table without clients, whose first number is `next`. Durable on return: yes.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn begin(dir: &Path, next: u32) -> Result<(), StateError> {
+        let nodes = Nodes::open(dir)?;
+        let table = Table { node_next: next.min(NODE_MAX), ..nodes.table.clone() };
+        nodes.write(&table)
+    }
+    /// All clients, in the order in which they were met.
+    pub fn all(&self) -> &[Node] {
+        &self.table.nodes
     }
     /// Whether the machine has been up ever since the file was written.
     pub fn same_boot(&self) -> bool {
@@ -198,7 +209,7 @@ impl Nodes {
         let fresh = self.path.with_extension("json.new");
         let write = || -> std::io::Result<()> {
             let mut file = File::create(&fresh)?;
-            file.write_all(&serde_json::to_vec(&table)?)?;
+            file.write_all(&seal(&table)?)?;
             file.sync_all()?;
             std::fs::rename(&fresh, &self.path)?;
             self.path.parent().map_or(Ok(()), crate::sys::file::sync_dir)

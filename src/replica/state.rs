@@ -3,21 +3,29 @@
 //! `state.json` in the state directory, replaced by rename after an fsync. It holds the volume's
 //! identity, the node's number and incarnation, the next free fid counter (reserved in blocks, so
 //! that a crash skips numbers and never repeats one), the cache's epoch, and whether the last
-//! stop was clean. `lock` beside it is held while a process lives.
+//! stop was clean. `lock` beside it is held while a process lives; `state.json.old` is the file as
+//! it was before the last change, for `imz fsck`. A checksum of all other keys stands in the key
+//! `crc32` ([`seal`]): a digit that has become another must not pass for a fact.
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::kml::record::Fid;
 use crate::sys;
 
-const FILE: &str = "state.json";
+pub const FILE: &str = "state.json";
+/// The file before its last change.
+pub const OLD_FILE: &str = "state.json.old";
+/// The key of the checksum in a file of ours.
+const CRC_KEY: &str = "crc32";
 /// Fid counters that one write of the file sets aside.
-const RESERVE: u64 = 65536;
+pub const RESERVE: u64 = 65536;
 
 /// The file's contents.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -130,8 +138,9 @@ impl State {
         let fresh = self.dir.join("state.json.new");
         let write = || -> std::io::Result<()> {
             let mut file = File::create(&fresh)?;
-            file.write_all(&serde_json::to_vec_pretty(facts)?)?;
+            file.write_all(&seal(facts)?)?;
             file.sync_all()?;
+            keep_old(&path, &self.dir.join(OLD_FILE))?;
             fs::rename(&fresh, &path)?;
             File::open(&self.dir)?.sync_all()
         };
@@ -143,9 +152,62 @@ impl State {
     }
 }
 
+/// Gives the file a second name. Where a file system has no such names there is no old one.
+fn keep_old(path: &Path, old: &Path) -> std::io::Result<()> {
+    for gone in [fs::remove_file(old), fs::hard_link(path, old)] {
+        match gone {
+            Err(e) if !is_fine(e.kind()) => return Err(e),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn is_fine(kind: std::io::ErrorKind) -> bool {
+    use std::io::ErrorKind::{NotFound, PermissionDenied, Unsupported};
+    matches!(kind, NotFound | PermissionDenied | Unsupported)
+}
+
+/// The facts in a file of a state directory that nobody has open. Nothing is changed.
+///
+/// # Errors
+/// `Io` (also where there is none) and `Damaged`.
+pub fn read(path: &Path) -> Result<Facts, StateError> {
+    let bytes = fs::read(path).map_err(|source| StateError::Io { path: path.into(), source })?;
+    read_facts(path, &bytes)
+}
+
+/// A value as JSON with a checksum of it.
+pub fn seal(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
+    let mut value = serde_json::to_value(value)?;
+    // keys are sorted, here as in `unseal`
+    let crc = crc32fast::hash(&serde_json::to_vec(&value)?);
+    if let Value::Object(keys) = &mut value {
+        keys.insert(CRC_KEY.to_owned(), crc.into());
+    }
+    let mut bytes = serde_json::to_vec_pretty(&value)?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+/// Takes back what [`seal`] made. What has no checksum was written before there was one.
+///
+/// # Errors
+/// Why it is not to be believed.
+pub fn unseal<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    let mut value: Value = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    if let Some(crc) = value.as_object_mut().and_then(|keys| keys.remove(CRC_KEY)) {
+        let rest = serde_json::to_vec(&value).map_err(|e| e.to_string())?;
+        if crc != crc32fast::hash(&rest) {
+            return Err("its checksum is wrong".to_owned());
+        }
+    }
+    serde_json::from_value(value).map_err(|e| e.to_string())
+}
+
 fn read_facts(path: &Path, bytes: &[u8]) -> Result<Facts, StateError> {
     let damaged = |what: String| StateError::Damaged { path: path.to_owned(), what };
-    let facts: Facts = serde_json::from_slice(bytes).map_err(|e| damaged(e.to_string()))?;
+    let facts: Facts = unseal(bytes).map_err(damaged)?;
     if facts.version != 1 {
         return Err(damaged(format!("version {} is not known", facts.version)));
     }
@@ -207,6 +269,36 @@ mod tests {
         assert_eq!(state.facts().epoch, 2);
         let next = state.new_fid().unwrap();
         assert!(next > first[2], "{next:?} was given before");
+    }
+
+    #[test]
+    fn no_digit_becomes_another_unseen() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::open(dir.path(), || Facts::new("v", "h:/v", 7, 3)).unwrap();
+        let facts = state.facts();
+        drop(state);
+        let path = dir.path().join(FILE);
+        let good = fs::read(&path).unwrap();
+        assert_eq!(read(&path).unwrap(), facts);
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            // blanks may become other blanks, and the name of the check that of nothing
+            let found = unseal::<Facts>(&bad);
+            assert!(found.is_err() || found == Ok(facts.clone()), "bit {bit}: {found:?}");
+        }
+        let plain = serde_json::to_vec(&facts).unwrap();
+        assert_eq!(unseal(&plain), Ok(facts), "of before there was a check");
+    }
+
+    #[test]
+    fn the_file_before_the_last_change_is_there_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::open(dir.path(), || Facts::new("v", "", 7, 3)).unwrap();
+        state.edit(|f| f.epoch = 8).unwrap();
+        state.edit(|f| f.epoch = 9).unwrap();
+        assert_eq!(read(&dir.path().join(OLD_FILE)).unwrap().epoch, 8);
+        assert_eq!(read(&dir.path().join(FILE)).unwrap().epoch, 9);
     }
 
     #[test]
