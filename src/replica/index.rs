@@ -11,9 +11,11 @@ use std::collections::hash_map::Entry;
 use std::path::Path;
 use std::sync::Mutex;
 
-use redb::{Database, Durability, ReadableDatabase, TableDefinition};
+use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 
 use crate::kml::record::{Fid, Name};
+
+pub mod view;
 
 const NAMES: TableDefinition<u64, &[u8]> = TableDefinition::new("names");
 const LOOSE: TableDefinition<&[u8], &[u8]> = TableDefinition::new("loose");
@@ -30,6 +32,22 @@ pub struct IndexError(#[from] Box<redb::Error>);
 
 fn wrap<E: Into<redb::Error>>(e: E) -> IndexError {
     IndexError(Box::new(e.into()))
+}
+
+/// Whether every page is as it was written. A million objects take some 0.15 s.
+fn is_sound(db: &mut Database) -> Result<bool, IndexError> {
+    match db.check_integrity() {
+        Ok(sound) => Ok(sound),
+        Err(DatabaseError::Storage(redb::StorageError::Corrupted(_))) => Ok(false),
+        Err(e) => Err(wrap(e)),
+    }
+}
+
+/// Runs what may panic over a damaged file: that is an error then, like all other damage.
+fn guarded<T>(look: impl FnOnce() -> Result<T, IndexError>) -> Result<T, IndexError> {
+    let damaged = || Err(wrap(redb::StorageError::Corrupted("its structure is broken".into())));
+    // What panicked is dropped as a whole.
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(look)).unwrap_or_else(|_| damaged())
 }
 
 pub struct Index {
@@ -73,19 +91,30 @@ impl Index {
     /// Opens or creates the index's file. A file that cannot be read is begun anew: the second
     /// value is then true, and the tree must be walked.
     pub fn open(path: &Path) -> Result<(Index, bool), IndexError> {
-        let build = || Database::builder().set_cache_size(CACHE_LEN).create(path);
-        let existed = path.exists();
-        let (db, anew) = match build() {
-            Ok(db) => (db, !existed),
-            Err(e) if existed => {
-                log::warn!("{}: {e}; building it anew", path.display());
-                let mut aside = path.as_os_str().to_owned();
-                aside.push(".damaged");
-                std::fs::rename(path, aside).map_err(|e| wrap(redb::StorageError::Io(e)))?;
-                (build().map_err(wrap)?, true)
-            }
-            Err(e) => return Err(wrap(e)),
+        let build = || {
+            guarded(|| {
+                let mut db =
+                    Database::builder().set_cache_size(CACHE_LEN).create(path).map_err(wrap)?;
+                let sound = is_sound(&mut db)?;
+                Ok((db, sound))
+            })
         };
+        // of an empty file the library makes a new one
+        let existed = path.metadata().is_ok_and(|it| it.len() > 0);
+        let why = match build() {
+            Ok((db, true)) => return Index::with(db, !existed),
+            Ok((_, false)) => "pages do not verify".to_owned(),
+            Err(e) if existed => e.to_string(),
+            Err(e) => return Err(e),
+        };
+        log::warn!("{}: {why}; building it anew", path.display());
+        let mut aside = path.as_os_str().to_owned();
+        aside.push(".damaged");
+        std::fs::rename(path, aside).map_err(|e| wrap(redb::StorageError::Io(e)))?;
+        Index::with(build()?.0, true)
+    }
+
+    fn with(db: Database, anew: bool) -> Result<(Index, bool), IndexError> {
         let index = Index { db, fresh: Mutex::default() };
         index.write(true, |_, _| Ok(()))?; // the tables exist from now on
         Ok((index, anew))
@@ -97,6 +126,12 @@ impl Index {
             return Ok(at.clone());
         }
         self.stored(fid)
+    }
+
+    /// Every object with its places, what is fresh included.
+    pub fn all(&self, each: &mut dyn FnMut(Fid, Vec<At>)) -> Result<(), IndexError> {
+        self.flush(false)?;
+        every(&self.db, each)
     }
 
     fn stored(&self, fid: Fid) -> Result<Vec<At>, IndexError> {
@@ -189,6 +224,15 @@ impl Index {
         // A panic while the lock was held leaves whole entries: they are only inserted.
         self.fresh.lock().unwrap_or_else(|e| e.into_inner())
     }
+}
+
+fn every(db: &Database, each: &mut dyn FnMut(Fid, Vec<At>)) -> Result<(), IndexError> {
+    let tx = db.begin_read().map_err(wrap)?;
+    for row in tx.open_table(NAMES).map_err(wrap)?.iter().map_err(wrap)? {
+        let (fid, at) = row.map_err(wrap)?;
+        each(Fid(fid.value()), unpack(at.value()));
+    }
+    Ok(())
 }
 
 fn loose_key(parent: Fid, name: &[u8]) -> Vec<u8> {
