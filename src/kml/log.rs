@@ -15,8 +15,8 @@
 //! Locks, in this order: `syncing` (one sync or extension at a time), `inner` (held for the copy
 //! into the map, and while a segment is added), then any one of the small ones.
 //!
-//! Absent on purpose: threads, clocks, any wish to ship what is here. Outcomes are not made durable
-//! by themselves: after a power cut, a record may read as intended again, and is redone.
+//! Absent on purpose: threads, clocks, any wish to ship what is here. Outcomes are made durable by
+//! [`Log::sync_settled`] only: after a power cut, a record behind that may read as intended again.
 //!
 //! Opening checks everything that was not yet both durable and settled; older segments are checked
 //! as they are read.
@@ -36,6 +36,7 @@ use crate::kml::codec::{
 use crate::kml::record::{Record, Seq};
 use crate::kml::recover::{self, Spot};
 use crate::kml::store::{Dir, Segment, Store, segment_name, segments_in};
+use crate::sys::crash;
 
 /// Length of a segment unless told otherwise, bytes: some 30,000 records.
 pub const SEGMENT_LEN: usize = 8 << 20;
@@ -114,6 +115,8 @@ pub struct Log {
     /// newest seq, 0 if there is none; stored after the record's bytes
     last: AtomicU64,
     synced: AtomicU64,
+    /// all outcomes up to here are durable, since this life began
+    outcomes: AtomicU64,
     poisoned: AtomicBool,
     syncing: Mutex<()>,
     inner: Mutex<Inner>,
@@ -293,6 +296,7 @@ impl Log {
             segment_len,
             last: AtomicU64::new(found.spot.seq.0 - 1),
             synced: AtomicU64::new(found.synced),
+            outcomes: AtomicU64::new(found.outcomes),
             poisoned: AtomicBool::new(false),
             syncing: Mutex::new(()),
             inner: Mutex::new(Inner { pieces: pieces.into(), spot: found.spot }),
@@ -324,6 +328,7 @@ impl Log {
             piece.note(spot);
             inner.spot = Spot { at: spot.at + bytes.len(), seq: spot.seq.next(), chain };
             self.last.store(spot.seq.0, Ordering::Release);
+            crash::point("log-appended");
             return Ok(Ticket { seq: spot.seq, segment: piece.segment.clone(), at: spot.at });
         }
     }
@@ -331,6 +336,7 @@ impl Log {
     /// Says what became of an intention. Durable on return: no.
     pub fn settle(&self, ticket: Ticket, outcome: Outcome) {
         ticket.segment.set_word(ticket.at + record_at::OUTCOME, outcome.word());
+        crash::point("log-settled");
         if outcome != Outcome::Intended {
             lock(&self.settled).settle(ticket.seq);
         }
@@ -353,7 +359,20 @@ impl Log {
     /// # Errors
     /// After the first failure, [`LogError::Poisoned`] for ever.
     pub fn sync(&self, upto: Seq) -> Result<(), LogError> {
-        let durable = || self.synced() >= upto.min(self.last());
+        self.sync_unless(|| self.synced() >= upto.min(self.last()))
+    }
+
+    /// As [`Log::sync`], of records that are settled, with their outcomes.
+    ///
+    /// # Errors
+    /// As [`Log::sync`].
+    pub fn sync_settled(&self, upto: Seq) -> Result<(), LogError> {
+        self.sync(upto)?;
+        let upto = upto.min(self.settled_through());
+        self.sync_unless(|| self.outcomes.load(Ordering::Acquire) >= upto.0)
+    }
+
+    fn sync_unless(&self, durable: impl Fn() -> bool) -> Result<(), LogError> {
         self.check_poison()?;
         if durable() {
             return Ok(());
@@ -363,23 +382,41 @@ impl Log {
         if durable() {
             return Ok(());
         }
-        let (piece, spot) = {
+        let (late, piece, spot) = {
             let inner = lock(&self.inner);
-            (newest(&inner), inner.spot)
+            (self.settled_late(&inner), newest(&inner), inner.spot)
         };
-        self.sync_piece(&piece, spot)
+        self.sync_piece(&late, &piece, spot)
     }
 
     /// The caller holds `syncing`: two syncs at once would share one report of a failure.
-    fn sync_piece(&self, piece: &Piece, end: Spot) -> Result<(), LogError> {
-        if let Err(source) = piece.segment.sync(0, end.at) {
-            self.poisoned.store(true, Ordering::SeqCst);
-            let path = self.store.path(&segment_name(piece.head.first));
-            return Err(LogError::Io { what: "sync", path, source });
+    fn sync_piece(&self, late: &[Arc<Piece>], piece: &Piece, end: Spot) -> Result<(), LogError> {
+        // what is settled from here on is for the next one
+        let settled = self.settled_through().0;
+        for late in late {
+            self.sync_bytes(late, late.segment.size())?;
         }
+        self.sync_bytes(piece, end.at)?;
+        self.outcomes.fetch_max(settled, Ordering::AcqRel);
+        crash::point("log-synced");
         self.synced.fetch_max(end.seq.0 - 1, Ordering::SeqCst);
         self.save_marks();
         Ok(())
+    }
+
+    fn sync_bytes(&self, piece: &Piece, len: usize) -> Result<(), LogError> {
+        piece.segment.sync(0, len).map_err(|source| {
+            self.poisoned.store(true, Ordering::SeqCst);
+            let path = self.store.path(&segment_name(piece.head.first));
+            LogError::Io { what: "sync", path, source }
+        })
+    }
+
+    /// Segments before the newest one, whose last records were settled after it was begun.
+    fn settled_late(&self, inner: &Inner) -> Vec<Arc<Piece>> {
+        let outcomes = self.outcomes.load(Ordering::Acquire);
+        let before_newest = inner.pieces.iter().take(inner.pieces.len() - 1);
+        before_newest.filter(|piece| piece.limit() > outcomes + 1).cloned().collect()
     }
 
     /// Adds a segment, unless another thread just did. What came before is made durable first.
@@ -394,7 +431,7 @@ impl Log {
         if SEGMENT_HEADER_LEN + len > self.segment_len {
             return Err(LogError::Unwritable(Fault::TooLong));
         }
-        self.sync_piece(&old, inner.spot)?;
+        self.sync_piece(&self.settled_late(&inner), &old, inner.spot)?;
         let head = SegmentHead {
             node: self.node,
             incarnation: self.incarnation,
@@ -406,6 +443,7 @@ impl Log {
         old.limit.store(head.first.0, Ordering::Release);
         inner.spot = piece.begin();
         inner.pieces.push_back(Arc::new(piece));
+        crash::point("log-extended");
         Ok(())
     }
 
@@ -424,6 +462,15 @@ impl Log {
         set_in(page, SETTLED, self.settled_through().0);
     }
 
+    /// Keeps a number as [`Log::set_cursor`] does, but neither durably nor surely: an older value
+    /// must do as well.
+    pub fn note_cursor(&self, name: &str, value: u64) {
+        if name != SYNCED && name != SETTLED {
+            set_in(&mut lock(&self.cursors).page, name, value);
+            self.save_marks();
+        }
+    }
+
     /// The value of a cursor; 0 if it was never set.
     pub fn cursor(&self, name: &str) -> u64 {
         get_in(&lock(&self.cursors).page, name)
@@ -435,14 +482,23 @@ impl Log {
     /// # Errors
     /// [`LogError::Cursor`] for a bad name; a failed write poisons the log.
     pub fn set_cursor(&self, name: &str, value: u64) -> Result<(), LogError> {
-        let bad = |_| LogError::Cursor { name: name.to_string() };
-        if name == SYNCED || name == SETTLED {
+        self.set_cursors(&[(name, value)])
+    }
+
+    /// Keeps several numbers in one step; see [`Log::set_cursor`].
+    ///
+    /// # Errors
+    /// As [`Log::set_cursor`].
+    pub fn set_cursors(&self, values: &[(&str, u64)]) -> Result<(), LogError> {
+        let names = || values.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+        let bad = |_| LogError::Cursor { name: names() };
+        if values.iter().any(|(name, _)| *name == SYNCED || *name == SETTLED) {
             return Err(bad(Fault::Field("cursor name")));
         }
         let mut cursors = lock(&self.cursors);
         self.check_poison()?;
         let mut page = cursors.page.clone();
-        set_in(&mut page, name, value);
+        values.iter().for_each(|(name, value)| set_in(&mut page, name, *value));
         self.set_marks(&mut page);
         let bytes = page.encode().map_err(bad)?;
         let slot = 1 - cursors.durable_slot;
@@ -474,6 +530,7 @@ impl Log {
             self.store.remove(first).map_err(|source| {
                 io_error("remove", &self.store.path(&segment_name(first)), source)
             })?;
+            crash::point("log-trimmed");
         }
         Ok(())
     }

@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::kml::codec::CURSORS_LEN;
 use crate::kml::map::Map;
 use crate::kml::record::Seq;
+use crate::sys::crash;
 use crate::sys::file::{allocate, sync_dir};
 
 /// Distance of the two pages of cursors, bytes: they share no sector and no page.
@@ -146,7 +147,9 @@ impl Store for Dir {
             allocate(&mut file, len as u64)?;
             file.write_all_at(header, 0)?;
             file.sync_all()?;
+            crash::point("log-segment-made");
             fs::rename(&new, self.dir.join(segment_name(first)))?;
+            crash::point("log-segment-named");
             sync_dir(&self.dir)
         };
         if let Err(why) = made() {
@@ -170,6 +173,7 @@ impl Store for Dir {
     }
     fn put_cursors(&self, slot: usize, page: &[u8], durable: bool) -> io::Result<()> {
         self.cursors.write_all_at(page, (slot * CURSORS_STRIDE) as u64)?;
+        crash::point("cursor-written");
         if durable { self.cursors.sync_data() } else { Ok(()) }
     }
     fn path(&self, file: &str) -> PathBuf {

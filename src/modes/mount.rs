@@ -207,7 +207,7 @@ impl Running {
             strict,
             forgets_names: false.into(),
         });
-        cache::store_what_was_open(&filter)?;
+        cache::store_what_was_open(&filter, opened.store.as_deref())?;
         if strict {
             let saves = Arc::downgrade(&filter);
             filter.cache.connect_saver(Box::new(move |fids| {

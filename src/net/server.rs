@@ -25,6 +25,7 @@ use crate::lento::message::{Code, Failed, Message};
 use crate::lento::promises::ConnId;
 use crate::lento::server::{Effect, Server as Machine, Settings, VolumeNo, Why};
 use crate::replica::volume::{self, SyncJob, Volume, VolumeError};
+use crate::sys::crash;
 
 /// Longest wait, at a stop, for what is applied to be acknowledged.
 const STOP_MAX: Duration = Duration::from_secs(2);
@@ -270,6 +271,7 @@ impl Server {
             let stamp = match result {
                 Ok(stamp) => {
                     self.volumes[volume].synced();
+                    crash::point("sync-told");
                     Some(stamp)
                 }
                 Err(e) => {

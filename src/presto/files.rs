@@ -11,12 +11,13 @@ use std::sync::atomic::Ordering;
 
 use super::filter::{Filter, Result, Spot, Stop, done, missing};
 use super::open::{Closed, Mark, Open, Way, open_backing};
-use crate::kml::record::{Fid, Op, Range, Stamp, Time};
+use crate::kml::record::{Fid, Op, PATH_LEN_MAX, ROOT, Range, Seq, Stamp, Time};
 use crate::lento::rights::Mode;
 use crate::replica::hydrate::CAPABILITY;
-use crate::sys::Errno;
+use crate::replica::tree::TreeError;
 use crate::sys::cred::Caller;
 use crate::sys::fs::{self, Kind, o};
+use crate::sys::{Errno, crash};
 
 /// Files up to this size are fetched whole when they are opened, bytes.
 const WHOLE_LEN_MAX: u64 = 4 << 20;
@@ -54,10 +55,16 @@ impl Filter {
             self.permitted([fid].into_iter())?;
         }
         let complete = object.meta.complete;
+        if writer && let Spot::Open(open) = &object.spot {
+            self.cache.settle_hydrated(fid, &open.fd)?;
+        }
         let way = || -> Result<Way> {
             // Whoever had it open has closed it meanwhile: then it is looked up again.
             let Spot::Entry(dir, name) = &object.spot else { return Err(Errno::STALE.into()) };
             let (fd, writable) = open_backing(&**dir, name.as_bytes())?;
+            if writer {
+                self.cache.settle_hydrated(fid, &fd)?;
+            }
             let stat = fs::fstat(&fd)?;
             let (mark, blocks) = (Mark::of(&stat), stat.blocks);
             let able = self.passthrough.load(Ordering::Relaxed);
@@ -125,7 +132,9 @@ impl Filter {
         let op = Op::Store { fid, base, size, mtime, ranges, old_size };
         let path = self.cache.tree.path_by_fid(fid);
         let by = Caller { uid: stat.uid, gid: stat.gid, umask: 0 };
+        crash::point("store-begun");
         self.change(by, path.clone(), op, |_| Ok(()))?;
+        crash::point("store-journaled");
         // New data end a file's capabilities wherever they are written: these were set after it.
         let name = CAPABILITY.to_vec();
         if let Some(value) = fs::xattr::get(&open.fd, b"", CAPABILITY).unwrap_or_default() {
@@ -154,18 +163,49 @@ impl Filter {
         }
     }
 
-    /// Data and journal are durable on the local disk on return.
+    /// The file's data, its names with the directories on their way, and the journal are durable on
+    /// the local disk on return.
     pub fn fsync(&self, open: &Open) -> Result<()> {
-        fs::fdatasync(&open.fd)?;
+        let durable = self.cache.durable();
+        match self.cache.pending().made(open.fid).attr > durable {
+            true => fs::fsync(&open.fd)?, // what imz knows of it, too
+            false => fs::fdatasync(&open.fd)?,
+        }
+        crash::point("fsync-data");
         self.store(open)?;
+        for (dir, _) in self.cache.tree.names(open.fid)? {
+            self.sync_way(dir, durable)?;
+        }
+        crash::point("fsync-names");
         Ok(self.cache.log.sync(self.cache.log.last())?)
     }
 
-    /// The directory's entries and the journal are durable on return.
+    /// The directory's entries, its own way from the root, and the journal are durable on return.
     pub fn fsync_dir(&self, fid: Fid) -> Result<()> {
         let dir = self.cache.tree.dir(fid)?;
         fs::fsync(&*dir)?;
+        self.sync_way(fid, self.cache.durable())?;
         Ok(self.cache.log.sync(self.cache.log.last())?)
+    }
+
+    /// Makes the directories durable in which something has changed since the tree was, from this
+    /// one up to the root.
+    fn sync_way(&self, mut fid: Fid, durable: Seq) -> Result<()> {
+        for _ in 0..PATH_LEN_MAX {
+            if self.cache.pending().made(fid).entries > durable {
+                match self.cache.tree.dir(fid) {
+                    Ok(dir) => fs::fsync(&*dir)?,
+                    Err(TreeError::Gone(_)) => {} // an old place
+                    Err(e) => return Err(e.into()),
+                }
+            }
+            let up = self.cache.tree.names(fid)?.pop();
+            match up.filter(|_| fid != ROOT) {
+                Some((parent, _)) => fid = parent,
+                None => break,
+            }
+        }
+        Ok(())
     }
 
     /// Stops with a miss when the bytes are not all here.
@@ -217,6 +257,7 @@ impl Filter {
         self.admit(open, Mode::Read)?;
         self.admit(open, Mode::Write)?;
         self.bytes_here(open, at, end - at)?;
+        self.cache.settle_hydrated(open.fid, &open.fd)?;
         if kill {
             self.drop_set_id(by, open.fid)?;
         }
@@ -231,6 +272,7 @@ impl Filter {
         self.admit(open, Mode::Read)?;
         self.admit(open, Mode::Write)?;
         self.bytes_here(open, 0, u64::MAX)?;
+        self.cache.settle_hydrated(open.fid, &open.fd)?;
         fs::fallocate(&open.fd, mode, at, len)?;
         open.wrote(at, len);
         Ok(())
@@ -256,6 +298,7 @@ impl Filter {
         self.admit(to.0, Mode::Write)?;
         self.bytes_here(from.0, from.1, len)?;
         self.bytes_here(to.0, to.1, len)?;
+        self.cache.settle_hydrated(to.0.fid, &to.0.fd)?;
         let len = len.min(1 << 30) as usize;
         let copied = fs::copy_range(&from.0.fd, from.1, &to.0.fd, to.1, len)?;
         to.0.wrote(to.1, copied as u64);
@@ -264,8 +307,12 @@ impl Filter {
 
     /// After a kill: what was open for writing then may have changed without a record.
     pub fn store_what_was_open(&self) -> Result<usize> {
-        let listed = self.writers.listed();
-        for fid in &listed {
+        self.store_these(&self.writers.listed())
+    }
+
+    /// Journals these files as they are.
+    pub fn store_these(&self, listed: &[Fid]) -> Result<usize> {
+        for fid in listed {
             if let Ok(fd) = self.cache.tree.open_object(*fid, o::RDONLY) {
                 self.store_anew(*fid, fd)?;
             }

@@ -26,9 +26,9 @@ use crate::replica::meta::Meta;
 use crate::replica::ops::time_of_ns;
 use crate::replica::state::StateError;
 use crate::replica::tree::{Dir, TreeError, is_own};
-use crate::sys::Errno;
 use crate::sys::cred::Caller;
 use crate::sys::fs::{self, Kind, Stat};
+use crate::sys::{Errno, crash};
 
 /// After so many fetches an operation takes what is here: it changes as fast as it comes.
 pub const FRESH_TRIES_MAX: u32 = 32;
@@ -337,12 +337,15 @@ impl Filter {
         let made = rights::made(&record.op);
         let made = made.filter(|(dir, _)| self.rights.mode(*dir) == Mode::Write);
         let ticket = self.cache.append(&record)?;
+        crash::point("change-journaled");
         let done = act(time_of_ns(time_ns));
         let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Void };
         if let (Some((_, fid)), Ok(_)) = (made, &done) {
             self.rights.made(fid);
         }
+        crash::point("change-done");
         self.cache.settle(ticket, outcome);
+        crash::point("change-settled");
         done
     }
 

@@ -20,7 +20,7 @@ use crate::kml::record::{
     Change, Fid, Name, Op, Origin, Over, Place, ROOT, Range, Record, Seq, Stamp, Time,
 };
 use crate::sys::cred::{self, Caller};
-use crate::sys::{Errno, fs};
+use crate::sys::{Errno, crash, fs};
 
 /// The bytes of a store.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -124,6 +124,7 @@ impl Volume {
     /// Notes how far the client is, where its last records left none of their own.
     fn finish(&mut self, node: u32, out: &mut Applied) -> Result<()> {
         self.flush_touched()?;
+        crash::point("apply-stamped");
         if self.nodes.last(node) < out.upto {
             self.note_seq(node, out.upto, Vec::new())?;
         }
@@ -161,6 +162,7 @@ impl Volume {
         }
         let verdict = certify(self, (node, seq), &record, content)?;
         log::trace!("{}: {node}:{} {:?}: {verdict:?}", self.name, seq.0, record.op);
+        crash::point("apply-certified");
         match verdict {
             Verdict::Apply => self.carry_out(record, content, out)?,
             Verdict::Same => {}
@@ -186,6 +188,7 @@ impl Volume {
         out: &mut Applied,
     ) -> Result<()> {
         let ticket = self.log.append(&record)?;
+        crash::point("apply-journaled");
         let stamp = Stamp(ticket.seq.0);
         let done = match self.perform(&record, content, stamp) {
             // a file system says the same when an attribute is too large for it
@@ -197,7 +200,9 @@ impl Volume {
             done => done,
         };
         let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Void };
+        crash::point("apply-done");
         self.log.settle(ticket, outcome);
+        crash::point("apply-settled");
         match done {
             Ok(()) => {
                 self.nodes.note(record.origin.node, record.origin.seq, true);
@@ -361,12 +366,14 @@ impl Volume {
             }
             fs::truncate(&file, size).map_err(TreeError::from)?;
             self.dress(&file, &dir, &name, &stat)?;
+            crash::point("store-dressed");
             self.tree.set_meta_of(&file, &meta)?;
             fs::utimes_fd(&file, fs::SetTime::At(stat.atime.0, stat.atime.1), times.1)?;
             let spooled = Spool::name(origin.node, origin.seq);
             // Contents are no change of the directory: its time stays.
             let (sec, nsec) = fs::fstat(&*dir)?.mtime;
             fs::rename(&self.spool, &spooled, &*dir, name.as_bytes(), fs::RenameMode::Replace)?;
+            crash::point("store-renamed");
             return Ok(self.tree.touch(&dir, Time { sec, nsec })?);
         }
         let file = fs::open(&*dir, name.as_bytes(), fs::o::WRONLY | fs::o::NONBLOCK, 0)?;

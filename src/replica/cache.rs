@@ -4,6 +4,7 @@
 //! decides nothing: whether something may be answered from here says lento's policy.
 
 use std::collections::{HashMap, HashSet};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -11,19 +12,25 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use super::limbo::Limbo;
 use super::meta::Meta;
 use super::pending::Pending;
+use super::power;
 use super::state::{State, StateError};
 use super::tree::{self, Dir, LIMBO, Tree, TreeError};
 use crate::kml::codec::Outcome;
 use crate::kml::log::{Log, LogError, Ticket};
 use crate::kml::record::{Fid, Name, Record, Seq, Stamp};
-use crate::sys::Errno;
-use crate::sys::fs::Stat;
+use crate::sys::fs::{self, Stat};
+use crate::sys::{Errno, crash};
 
 /// The journal's cursors: the newest record that the server keeps, the stamp up to which every
 /// break was processed, and about how much data the tree holds.
-const ACKED: &str = "acked";
-const CURRENT: &str = "current";
+pub(super) const ACKED: &str = "acked";
+pub(super) const CURRENT: &str = "current";
 const HELD_LEN: &str = "held_len";
+/// And: up to here the tree is durable as well; when all of it last was, by the machine's clock.
+pub(super) const TREE: &str = "tree";
+pub(super) const KEPT_AT: &str = "kept_at";
+/// Files that came lately, of which it is known: more of them, and they are made durable.
+const HYDRATED_MAX: usize = 16384;
 
 /// The cache could not be opened, or not be changed.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +113,12 @@ pub struct Cache {
     epoch: AtomicU32,
     /// data that the tree holds, bytes, about
     held_len: AtomicU64,
+    /// up to here the tree is durable, not only the journal
+    durable: AtomicU64,
+    /// a sync of the tree failed: what is durable is not known any more, and never will be
+    broken: AtomicBool,
+    /// files of which bytes came from the server since all was last durable
+    hydrated: Mutex<HashSet<Fid>>,
 }
 
 impl Cache {
@@ -127,6 +140,7 @@ impl Cache {
         }
         pending.doubt_all();
         let (epoch, held_len) = (state.facts().epoch, log.cursor(HELD_LEN));
+        let durable = log.cursor(TREE);
         Ok(Cache {
             tree,
             log,
@@ -142,6 +156,9 @@ impl Cache {
             online: AtomicBool::new(false),
             epoch: AtomicU32::new(epoch),
             held_len: AtomicU64::new(held_len),
+            durable: AtomicU64::new(durable),
+            broken: AtomicBool::new(false),
+            hydrated: Mutex::default(),
         })
     }
 
@@ -285,22 +302,98 @@ impl Cache {
         Ok(())
     }
 
+    /// Makes the journal up to `upto`, which is settled, and then the whole tree durable: what these
+    /// records say, and the contents that they announce, survive a power cut from here on.
+    ///
+    /// # Errors
+    /// Final: after the first one nothing is known of the tree any more.
+    pub fn make_durable(&self, upto: Seq) -> Result<(), LogError> {
+        let upto = upto.min(self.log.settled_through());
+        if upto.0 <= self.durable.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.log.sync_settled(upto)?;
+        crash::point("ship-journal");
+        self.sync_tree()?;
+        crash::point("ship-tree");
+        self.durable.fetch_max(upto.0, Ordering::AcqRel);
+        self.log.note_cursor(TREE, upto.0);
+        Ok(())
+    }
+    fn sync_tree(&self) -> Result<(), LogError> {
+        if self.broken.load(Ordering::Acquire) {
+            return Err(LogError::Poisoned);
+        }
+        let hydrated = std::mem::take(&mut *self.hydrated());
+        fs::syncfs(&**self.tree.root()).map_err(|e| {
+            self.broken.store(true, Ordering::Release);
+            self.hydrated().extend(hydrated);
+            let path = self.state.dir().to_owned();
+            LogError::Io { what: "make durable the tree beside", path, source: e.into() }
+        })
+    }
+    /// Up to here records and their effects are durable.
+    pub fn durable(&self) -> Seq {
+        Seq(self.durable.load(Ordering::Acquire))
+    }
+    /// Makes everything durable, then the cursors that say so: a power cut in between costs work,
+    /// not truth.
+    ///
+    /// # Errors
+    /// As [`Cache::make_durable`], and the index.
+    pub fn keep_all(&self, acked: Seq, current: Stamp) -> Result<(), CacheError> {
+        let (now, upto) = (power::clock_ns(), self.log.settled_through());
+        self.tree.index.flush(true).map_err(TreeError::from)?;
+        crash::point("keep-index");
+        self.log.sync_settled(upto)?;
+        self.sync_tree()?;
+        crash::point("keep-tree");
+        self.durable.fetch_max(upto.0, Ordering::AcqRel);
+        self.log.set_cursors(&[
+            (TREE, upto.0),
+            (KEPT_AT, now),
+            (ACKED, acked.0),
+            (HELD_LEN, self.held_len.load(Ordering::Relaxed)),
+            (CURRENT, current.0),
+        ])?;
+        crash::point("keep-cursors");
+        Ok(())
+    }
+    /// Bytes of the file came from the server: they are not durable.
+    pub fn note_hydrated(&self, fid: Fid) {
+        let mut hydrated = self.hydrated();
+        hydrated.insert(fid);
+        let full = hydrated.len() >= HYDRATED_MAX;
+        drop(hydrated);
+        if full && let Err(e) = self.sync_tree() {
+            log::error!("{e}");
+        }
+    }
+    /// The file is about to be changed: what came from the server must be durable before, or a power
+    /// cut could leave holes in what is then shipped as our version.
+    ///
+    /// # Errors
+    /// The file system's; then it must not be changed.
+    pub fn settle_hydrated(&self, fid: Fid, file: impl AsFd) -> Result<(), Errno> {
+        if !self.hydrated().contains(&fid) {
+            return Ok(());
+        }
+        fs::fdatasync(file)?;
+        self.hydrated().remove(&fid);
+        Ok(())
+    }
+    fn hydrated(&self) -> MutexGuard<'_, HashSet<Fid>> {
+        // Whole after every statement.
+        self.hydrated.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// The newest own record that the server keeps.
     pub fn acked(&self) -> Seq {
         Seq(self.log.cursor(ACKED))
     }
-    /// Durable on return: yes.
-    pub fn set_acked(&self, upto: Seq) -> Result<(), LogError> {
-        self.log.set_cursor(ACKED, upto.0)
-    }
     /// Every break up to this stamp was processed before the last stop.
     pub fn current_stamp(&self) -> Stamp {
         Stamp(self.log.cursor(CURRENT))
-    }
-    /// Durable on return: yes. What the breaks up to `stamp` changed must be durable before.
-    pub fn set_current_stamp(&self, stamp: Stamp) -> Result<(), LogError> {
-        self.log.set_cursor(HELD_LEN, self.held_len.load(Ordering::Relaxed))?;
-        self.log.set_cursor(CURRENT, stamp.0)
     }
 
     /// About how much data came into the tree, or left it, bytes.

@@ -19,7 +19,7 @@ use super::tree::{CONFLICTS_NAME, Dir, TreeError};
 use super::volume::{Result, Volume};
 use crate::kml::codec;
 use crate::kml::record::{Name, Op, Over, Record};
-use crate::sys::{Errno, fs};
+use crate::sys::{Errno, crash, fs};
 
 impl Volume {
     /// A record does not fit.
@@ -101,6 +101,7 @@ impl Volume {
             Ok(bytes) => write(&dir, b"record", &bytes)?,
             Err(e) => log::warn!("{name}: the record itself is not kept: {e}"),
         }
+        crash::point("conflict-record");
         if let Op::Store { size, ranges, .. } = &record.op {
             match content {
                 Content::Spooled => {
@@ -120,6 +121,7 @@ impl Volume {
                 Content::Gone => {}
             }
         }
+        crash::point("conflict-data");
         self.conflicts += u64::from(is_new);
         Ok(dir)
     }

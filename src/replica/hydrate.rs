@@ -14,7 +14,7 @@ use super::ops::attr_of;
 use super::tree::{Dir, Result, TreeError};
 use crate::kml::record::{Attr, Fid, Name, ROOT, Seq, Stamp, Time};
 use crate::sys::fs::{self, Kind, SetTime, Stat, o};
-use crate::sys::{Errno, cred};
+use crate::sys::{Errno, crash, cred};
 
 /// Writing to a file takes this attribute away, whoever writes.
 pub const CAPABILITY: &[u8] = b"security.capability";
@@ -149,8 +149,10 @@ pub(super) fn update(
         meta = Meta { nlink: meta.nlink, epoch: meta.epoch, ..stub_meta(object) };
         // First what is known, then the file: a crash in between fetches again.
         cache.tree.set_meta(dir, name, &meta)?;
+        crash::point("hydrate-labelled");
         let fd = fs::open(dir, name.as_bytes(), o::WRONLY | o::NONBLOCK, 0)?;
         fs::truncate(&fd, object.attr.size)?;
+        crash::point("hydrate-cut");
         cache.note_held(0, stat.blocks * 512);
     } else {
         (meta.stamp, meta.stale) = (object.stamp, false);
@@ -330,9 +332,12 @@ pub fn write_range(
             break;
         }
     }
+    cache.note_hydrated(fid);
+    crash::point("hydrate-written");
     if let Some((start, len)) = granule {
         meta.arrived(start, len);
         cache.tree.set_meta_of(&fd, &meta)?;
+        crash::point("hydrate-noted");
         let now = fs::fstat(&fd)?;
         cache.note_held(now.blocks * 512, stat.blocks * 512);
     }
@@ -404,6 +409,7 @@ pub fn acked(
             result = Err(e);
         }
     }
+    crash::point("acked-stamps");
     let mut lost: Vec<Fid> = conflicts.to_vec();
     for fid in conflicts {
         lost.extend(cache.tree.names(*fid).unwrap_or_default().into_iter().map(|(dir, _)| dir));

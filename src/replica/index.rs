@@ -14,6 +14,7 @@ use std::sync::Mutex;
 use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 
 use crate::kml::record::{Fid, Name};
+use crate::sys::crash;
 
 pub mod view;
 
@@ -160,6 +161,27 @@ impl Index {
         self.edit(fid, |at| at.retain(|(p, n)| *p != parent || n != name))
     }
 
+    /// Calls `look` with every place that is known of any object; it may end the walk by `false`.
+    pub fn each(&self, mut look: impl FnMut(Fid, &At) -> bool) -> Result<(), IndexError> {
+        let fresh = self.fresh();
+        let tx = self.db.begin_read().map_err(wrap)?;
+        let table = tx.open_table(NAMES).map_err(wrap)?;
+        for row in table.iter().map_err(wrap)? {
+            let (fid, at) = row.map_err(wrap)?;
+            let fid = Fid(fid.value());
+            let stale = fresh.names.contains_key(&fid);
+            if !stale && !unpack(at.value()).iter().all(|at| look(fid, at)) {
+                return Ok(());
+            }
+        }
+        for (fid, at) in &fresh.names {
+            if !at.iter().all(|at| look(*fid, at)) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     fn edit(&self, fid: Fid, change: impl FnOnce(&mut Vec<At>)) -> Result<(), IndexError> {
         match self.fresh().names.entry(fid) {
             Entry::Occupied(mut at) => change(at.get_mut()),
@@ -195,10 +217,12 @@ impl Index {
         if !fresh.names.is_empty() || !fresh.loose.is_empty() {
             self.write(false, |names, loose| fresh.write_to(names, loose))?;
             *fresh = Fresh::default();
+            crash::point("index-written");
         }
         drop(fresh); // the disk's own time is spent without the lock
         if durable {
             self.write(true, |_, _| Ok(()))?;
+            crash::point("index-durable");
         }
         Ok(())
     }

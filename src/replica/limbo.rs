@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::kml::record::{Fid, Name};
 use crate::sys::fs::{self, RenameMode};
-use crate::sys::{Errno, cred};
+use crate::sys::{Errno, crash, cred};
 
 pub struct Limbo {
     fd: OwnedFd,
@@ -46,6 +46,7 @@ impl Limbo {
             self.remove(&to)?;
         }
         fs::rename(dir, name, &self.fd, &to, RenameMode::NoReplace)?;
+        crash::point("limbo-taken");
         Name::new(&to).map_err(|_| Errno::INVAL)
     }
 

@@ -15,7 +15,7 @@ use super::meta::Meta;
 use super::tree::{Dir, LIMBO, OWN_NAME, Result, TreeError};
 use crate::kml::record::{Fid, Name, ROOT, Seq, Time};
 use crate::sys::fs::{self, Kind, RenameMode, SetTime, Stat, o};
-use crate::sys::{Errno, cred};
+use crate::sys::{Errno, crash, cred};
 
 /// One listing under way.
 #[derive(Default)]
@@ -288,6 +288,7 @@ fn bring(
         let mode = RenameMode::NoReplace;
         cache.tree.rename((from, old), (dir, name), object.fid, None, mode, when)
     };
+    crash::point("merge-moved");
     // What is put right here is no change of the other directory.
     fs::utimes_fd(from, SetTime::Keep, SetTime::At(was.mtime.0, was.mtime.1))?;
     match done {
@@ -405,6 +406,7 @@ fn make_stub(cache: &Cache, dir: &Arc<Dir>, name: &Name, object: &Remote, mark: 
             made => made?,
         },
     }
+    crash::point("merge-stub-made");
     let filled = fill_stub(cache, dir, name, object, &meta);
     if filled.is_err() {
         // Not half made: what was created a moment ago goes again.

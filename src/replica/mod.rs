@@ -18,6 +18,7 @@ pub mod hydrate;
 pub mod limbo;
 pub mod merge;
 pub mod pending;
+pub mod power;
 
 pub mod apply;
 pub mod certify;

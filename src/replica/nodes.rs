@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::state::{StateError, hex, seal, unseal};
 use crate::kml::record::{Fid, NODE_MAX, Seq};
+use crate::sys::{boot, crash};
 
 const FILE: &str = "nodes.json";
 /// How far beyond the numbers that were given a client's claim is believed.
@@ -97,7 +98,7 @@ impl Nodes {
     }
     /// Whether the machine has been up ever since the file was written.
     pub fn same_boot(&self) -> bool {
-        !self.table.boot_id.is_empty() && self.table.boot_id == boot_id()
+        !self.table.boot_id.is_empty() && self.table.boot_id.trim() == boot::id()
     }
     /// The journal was read up to here.
     pub fn as_of(&self) -> Seq {
@@ -197,7 +198,7 @@ impl Nodes {
     /// The file cannot be written.
     pub fn save(&mut self, as_of: Seq) -> Result<(), StateError> {
         self.table.as_of = as_of.0;
-        self.table.boot_id = boot_id();
+        self.table.boot_id = boot::id();
         self.write(&self.table)
     }
     /// What is not kept yet does not reach the file: the journal will tell.
@@ -211,15 +212,13 @@ impl Nodes {
             let mut file = File::create(&fresh)?;
             file.write_all(&seal(&table)?)?;
             file.sync_all()?;
+            crash::point("nodes-written");
             std::fs::rename(&fresh, &self.path)?;
+            crash::point("nodes-named");
             self.path.parent().map_or(Ok(()), crate::sys::file::sync_dir)
         };
         write().map_err(|source| StateError::Io { path: self.path.clone(), source })
     }
-}
-
-fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
 #[cfg(test)]

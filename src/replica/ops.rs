@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::meta::Meta;
 use super::tree::{Dir, Result, Tree};
 use crate::kml::record::{Attr, Change, Fid, Name, Time};
+use crate::sys::crash;
 use crate::sys::cred::{Caller, as_caller, is_root};
 use crate::sys::fs::{self, Kind, RenameMode, SetTime, o};
 
@@ -50,11 +51,13 @@ impl Tree {
     ) -> Result<OwnedFd> {
         let flags = o::RDWR | o::CREAT | o::EXCL;
         let fd = as_caller(by, || fs::open(dir, name.as_bytes(), flags, mode))?;
+        crash::point("tree-made");
         if let Err(e) = self.set_meta_of(&fd, meta) {
             // Not half made: what was created a moment ago goes again.
             fs::unlink(dir, name.as_bytes())?;
             return Err(e);
         }
+        crash::point("tree-labelled");
         self.index.set(meta.fid, dir.fid, name);
         fs::utimes_fd(&fd, at(when), at(when))?;
         self.touch(dir, when)?;
@@ -164,6 +167,7 @@ impl Tree {
         }
         let moving = self.moving();
         fs::rename(from.0, old, to.0, new, mode)?;
+        crash::point("tree-renamed");
         let loose = self.index.loose(from.0.fid, old)?;
         let loose_other = self.index.loose(to.0.fid, new)?;
         if loose.is_some() || loose_other.is_some() {
@@ -189,6 +193,7 @@ impl Tree {
 
     pub fn unlink(&self, dir: &Dir, name: &Name, fid: Fid, when: Time) -> Result<()> {
         fs::unlink(dir, name.as_bytes())?;
+        crash::point("tree-unlinked");
         self.name_gone(dir, name, fid, when)
     }
 
@@ -214,6 +219,7 @@ impl Tree {
             } else {
                 fs::truncate(fs::open(&dir, name, o::WRONLY | o::NONBLOCK, 0)?, size)?;
             }
+            crash::point("tree-cut");
         }
         if new.uid.is_some() || new.gid.is_some() {
             fs::chown(&dir, name, new.uid, new.gid)?;

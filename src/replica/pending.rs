@@ -159,10 +159,14 @@ impl Pending {
 
     /// The newest own records on an object, but for what was let go.
     pub fn own(&self, fid: Fid) -> Own {
-        let own = self.objects.get(&fid).copied().unwrap_or_default();
+        let own = self.made(fid);
         let gone = self.let_go_upto(fid);
         let rest = |seq: Seq| if seq > gone { seq } else { Seq(0) };
         Own { attr: rest(own.attr), data: rest(own.data), entries: rest(own.entries) }
+    }
+    /// The newest own records on an object, let go or not.
+    pub fn made(&self, fid: Fid) -> Own {
+        self.objects.get(&fid).copied().unwrap_or_default()
     }
     /// The newest own record on a name, unless the directory was let go since.
     pub fn name(&self, dir: Fid, name: &Name) -> Seq {

@@ -75,14 +75,14 @@ pub fn settle(tree: &Tree, record: &Record, epoch: u32) -> Result<Outcome> {
 
 /// What stands at a place.
 #[derive(PartialEq, Eq)]
-enum Seen {
+pub(super) enum Seen {
     Nothing,
     /// something without a fid: made, but not yet told who it is
     Nameless,
     Object(Fid),
 }
 
-fn at_place(tree: &Tree, at: &Place) -> Result<Seen> {
+pub(super) fn at_place(tree: &Tree, at: &Place) -> Result<Seen> {
     let dir = match tree.dir(at.dir) {
         Ok(dir) => dir,
         Err(TreeError::Gone(_)) => return Ok(Seen::Nothing),
@@ -95,7 +95,7 @@ fn at_place(tree: &Tree, at: &Place) -> Result<Seen> {
     }
 }
 
-fn adopt(tree: &Tree, at: &Place, fid: Fid, record: &Record, epoch: u32) -> Result<()> {
+pub(super) fn adopt(tree: &Tree, at: &Place, fid: Fid, record: &Record, epoch: u32) -> Result<()> {
     let dir = tree.dir(at.dir)?;
     let meta = Meta { epoch, ..Meta::whole(fid) };
     let by = Caller { uid: record.uid, gid: record.gid, umask: 0 };
@@ -104,7 +104,7 @@ fn adopt(tree: &Tree, at: &Place, fid: Fid, record: &Record, epoch: u32) -> Resu
 }
 
 /// Does `act` on the object; false when there is none any more.
-fn again(
+pub(super) fn again(
     tree: &Tree,
     fid: Fid,
     act: impl FnOnce(&super::tree::Dir, &[u8]) -> Result<()>,
@@ -119,7 +119,7 @@ fn again(
     }
 }
 
-fn set(tree: &Tree, dir: &super::tree::Dir, name: &[u8], new: &Change) -> Result<()> {
+pub(super) fn set(tree: &Tree, dir: &super::tree::Dir, name: &[u8], new: &Change) -> Result<()> {
     if let Some(size) = new.size
         && !name.is_empty()
     {

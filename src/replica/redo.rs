@@ -13,7 +13,7 @@ use super::tree::TreeError;
 use super::volume::{CURSOR, Result, Volume, VolumeError};
 use crate::kml::codec::{Entry, Outcome};
 use crate::kml::record::{Fid, Op, Over, Place, Seq, Stamp};
-use crate::sys::{Errno, cred, fs};
+use crate::sys::{Errno, crash, cred, fs};
 
 impl Volume {
     /// `clean`: the last life ended as it should.
@@ -42,6 +42,7 @@ impl Volume {
             if entry.outcome == Outcome::Intended {
                 let outcome = if done { Outcome::Done } else { Outcome::Void };
                 log.settle_seq(entry.seq, outcome)?;
+                crash::point("recover-settled");
             }
             if done || in_doubt {
                 self.nodes.note(origin.node, origin.seq, done && !in_doubt);

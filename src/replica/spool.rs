@@ -10,7 +10,7 @@ use std::path::Path;
 
 use super::state::StateError;
 use crate::kml::record::Seq;
-use crate::sys::{self, Errno, fs};
+use crate::sys::{self, Errno, crash, fs};
 
 /// A directory of contents.
 pub struct Spool {
@@ -55,7 +55,9 @@ impl Spool {
         if fs::fstat(&file)?.size < end {
             fs::truncate(&file, end)?;
         }
-        fs::pwrite_sparse(&file, bytes, at)
+        fs::pwrite_sparse(&file, bytes, at)?;
+        crash::point("spool-kept");
+        Ok(())
     }
     /// The content so far; an empty one if nothing was kept.
     ///

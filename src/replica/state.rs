@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::kml::record::Fid;
-use crate::sys;
+use crate::sys::{self, boot, crash};
 
 pub const FILE: &str = "state.json";
 /// The file before its last change.
@@ -48,6 +48,10 @@ pub struct Facts {
     pub epoch: u32,
     /// false while a process uses the state, and after one that died
     pub clean: bool,
+    /// the machine's start in which the state was last found, or put, in order: when it is another
+    /// one, and the stop was not clean, power may have been lost
+    #[serde(default)]
+    pub boot_id: String,
 }
 
 /// The state could not be kept.
@@ -140,8 +144,10 @@ impl State {
             let mut file = File::create(&fresh)?;
             file.write_all(&seal(facts)?)?;
             file.sync_all()?;
+            crash::point("state-written");
             keep_old(&path, &self.dir.join(OLD_FILE))?;
             fs::rename(&fresh, &path)?;
+            crash::point("state-named");
             File::open(&self.dir)?.sync_all()
         };
         write().map_err(|source| StateError::Io { path: path.clone(), source })
@@ -227,7 +233,14 @@ impl Facts {
             fid_next: 2, // 1 is the root
             epoch: 1,
             clean: true,
+            boot_id: boot::id(),
         }
+    }
+
+    /// Whether what was in the page cache when the last process ended may be lost.
+    pub fn power_lost(&self) -> bool {
+        let now = boot::id();
+        !self.clean && (now.is_empty() || self.boot_id != now)
     }
 
     pub fn volume_id(&self) -> u128 {

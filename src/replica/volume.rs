@@ -28,7 +28,7 @@ use super::tree::{Dir, OWN_NAME, Tree, TreeError, is_own};
 use crate::kml::codec::Outcome;
 use crate::kml::log::{Log, LogError, Options};
 use crate::kml::record::{Attr, Fid, Name, ROOT, Seq, Stamp};
-use crate::sys::{Errno, cred, fs};
+use crate::sys::{Errno, crash, cred, fs};
 
 /// Name of the journal's cursor: up to here the tree is durable as well.
 pub(super) const CURSOR: &str = "tree";
@@ -180,9 +180,12 @@ impl SyncJob {
     /// Final: nothing more may be acknowledged.
     pub fn run(&self) -> Result<Stamp> {
         let upto = self.log.settled_through();
-        self.log.sync(upto)?;
+        self.log.sync_settled(upto)?;
+        crash::point("sync-journal");
         fs::syncfs(&**self.tree.root())?;
+        crash::point("sync-tree");
         self.log.set_cursor(CURSOR, upto.0)?;
+        crash::point("sync-cursor");
         if self.tree.index.fresh_count() > FRESH_MAX {
             self.tree.index.flush(true).map_err(TreeError::from)?;
         }

@@ -1,6 +1,8 @@
 //! The few system calls that std lacks. The only room that names rustix, libc and
 //! io_uring.
 
+pub mod boot;
+pub mod crash;
 pub mod cred;
 pub mod daemon;
 pub mod dev_fuse;

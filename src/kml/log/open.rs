@@ -89,6 +89,8 @@ pub(super) fn open_piece(store: &dyn Store, first: Seq) -> Result<Arc<Piece>, Lo
 pub(super) struct Found {
     pub(super) spot: Spot,
     pub(super) synced: u64,
+    /// up to here nobody asks for outcomes
+    pub(super) outcomes: u64,
     pub(super) settled: Settled,
 }
 
@@ -110,7 +112,8 @@ pub(super) fn recover_pieces(
     let synced = get_in(page, SYNCED).max(pieces[newest].head.first.0 - 1);
     let known = synced.min(get_in(page, SETTLED));
     let start = pieces.partition_point(|piece| piece.head.first.0 <= known + 1).max(1) - 1;
-    let mut settled = Settled { through: pieces[start].head.first.0 - 1, ahead: VecDeque::new() };
+    let outcomes = pieces[start].head.first.0 - 1;
+    let mut settled = Settled { through: outcomes, ahead: VecDeque::new() };
     let mut buf = Vec::new();
     let mut spot = pieces[start].begin();
     for (nth, piece) in pieces.iter().enumerate().skip(start) {
@@ -146,7 +149,7 @@ pub(super) fn recover_pieces(
             }
         }
     }
-    Ok(Found { spot, synced, settled })
+    Ok(Found { spot, synced, outcomes, settled })
 }
 
 /// Zeroes what stands behind `spot`: it was never acknowledged.

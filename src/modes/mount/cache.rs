@@ -8,14 +8,15 @@ use anyhow::Context;
 use crate::cli::options::Source;
 use crate::kml::codec::Outcome;
 use crate::kml::log::{Log, LogError, Options};
+use crate::kml::record::Fid;
 use crate::kml::writers::Writers;
 use crate::modes::{Exit, Failure, fail};
 use crate::presto::filter::Filter;
 use crate::replica::cache::Cache;
-use crate::replica::recover;
 use crate::replica::state::{Facts, State, StateError};
 use crate::replica::tree::Tree;
-use crate::sys::cred;
+use crate::replica::{power, recover};
+use crate::sys::{boot, crash, cred, fs};
 
 /// imz's part of a cache directory; the files are in `tree` beside it.
 const OWN: &str = ".imz";
@@ -24,6 +25,8 @@ const OWN: &str = ".imz";
 pub struct Opened {
     pub cache: Arc<Cache>,
     pub writers: Writers,
+    /// after a loss of power: files to be journaled as they are; the table of writers is not true
+    pub store: Option<Vec<Fid>>,
 }
 
 /// Where the cache of a source is, unless the user says otherwise. Not in a directory whose name
@@ -91,11 +94,18 @@ pub fn open(dir: &Path, source: &Source, volume: &str) -> anyhow::Result<Opened>
     let tree = Tree::open(&dir.join("tree"), &own.join("index"), facts.clean)
         .map_err(|e| anyhow::Error::from(Failure::new(Exit::NoRoom, e.to_string())))?;
     state.edit(|facts| facts.clean = false)?;
-    if !facts.clean {
+    let mut store = None;
+    if facts.power_lost() {
+        state.edit(|facts| facts.epoch = facts.epoch.wrapping_add(1).max(1))?;
+        let us = (state.facts().epoch, facts.node);
+        let found = power::recover(&tree, &log, us, &own.join("lost+found"));
+        store = Some(found.with_context(|| format!("{}: recovery", name()))?.store);
+        tree.index.flush(true)?;
+    } else if !facts.clean {
         settle(&tree, &log, facts.epoch).with_context(|| format!("{}: recovery", name()))?;
     }
     let cache = Cache::new(tree, log, state, &own.join("limbo"))?;
-    Ok(Opened { cache: Arc::new(cache), writers })
+    Ok(Opened { cache: Arc::new(cache), writers, store })
 }
 
 /// Finds the outcome of what was under way, and tells the index what it may have forgotten.
@@ -109,27 +119,42 @@ fn settle(tree: &Tree, log: &Log, epoch: u32) -> anyhow::Result<()> {
     for entry in log.unsettled()? {
         let outcome = recover::settle(tree, &entry.record, epoch)?;
         log.settle_seq(entry.seq, outcome)?;
+        crash::point("recover-settled");
         log::info!("record {} was under way: {outcome:?}", entry.seq.0);
     }
     Ok(())
 }
 
-/// Journals what was open for writing when the last process died, and forgets that it was.
-pub fn store_what_was_open(filter: &Filter) -> anyhow::Result<()> {
-    match filter.store_what_was_open() {
+/// Journals what was open for writing when the last process died, and forgets that it was; after a
+/// loss of power, what is not as its records say. Then the cache is in order, and is said to be so.
+pub fn store_what_was_open(filter: &Filter, lost: Option<&[Fid]>) -> anyhow::Result<()> {
+    let stored = match lost {
+        Some(fids) => filter.store_these(fids),
+        None => filter.store_what_was_open(),
+    };
+    match stored {
         Ok(0) => {}
-        Ok(count) => log::info!("{count} files were open for writing: they are shipped anew"),
+        Ok(count) => log::info!("{count} files are journaled as they are now"),
         Err(e) => anyhow::bail!("files that were open for writing cannot be journaled: {e:?}"),
     }
     filter.writers.clear();
+    let cache = &filter.cache;
+    if cache.state.facts().boot_id != boot::id() {
+        // all that recovery did is durable before nobody looks after it any more
+        cache.log.sync_settled(cache.log.last())?;
+        fs::syncfs(&**cache.tree.root())?;
+        cache.state.edit(|facts| facts.boot_id = boot::id())?;
+    }
     Ok(())
 }
 
 /// Leaves the cache in order: the next start believes its index.
 pub fn close(cache: &Cache) -> anyhow::Result<()> {
     cache.tree.index.flush(true)?;
-    cache.log.sync(cache.log.last())?;
-    cache.state.edit(|facts| facts.clean = true)?;
+    cache.log.sync_settled(cache.log.last())?;
+    // "clean" is believed after a power cut, too
+    fs::syncfs(&**cache.tree.root())?;
+    cache.state.edit(|facts| (facts.clean, facts.boot_id) = (true, boot::id()))?;
     Ok(())
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Cuts batches (reads the journal, optimises, reads small contents) and makes things durable: the
 //! index, the cursors, the tree. One job after another, in order. A batch leaves only after the
-//! journal is durable up to its end: else a power cut could take records back that the server has.
+//! journal is durable up to its end, and then the tree: else a power cut could take records back
+//! that the server has, or the contents that they announce.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -22,8 +23,8 @@ use crate::replica::cache::{Cache, CacheError};
 use crate::replica::merge::is_kept;
 use crate::replica::pending::data_len;
 use crate::replica::tree::TreeError;
-use crate::sys::Errno;
 use crate::sys::fs::{self, o};
+use crate::sys::{Errno, crash};
 
 /// Most records that are optimised together.
 const TOGETHER_MAX: usize = 16384;
@@ -104,17 +105,9 @@ fn run(cache: &Cache, todo: &Receiver<Job>, tell: &Sender<In>, waker: &Waker) {
     }
 }
 
-/// The tree first, then what says that it is so: a power cut in between costs work, not truth.
+/// What says that all is durable comes last: a power cut in between costs work, not truth.
 fn keep(cache: &Cache, acked: Seq, current: Stamp) -> Result<(), CacheError> {
-    cache.tree.index.flush(true).map_err(TreeError::from)?;
-    fs::syncfs(&**cache.tree.root()).map_err(TreeError::from)?;
-    let before = cache.acked();
-    if acked != before {
-        cache.set_acked(acked)?;
-    }
-    if current != cache.current_stamp() {
-        cache.set_current_stamp(current)?;
-    }
+    cache.keep_all(acked, current)?;
     cache.log.trim(acked)?;
     let keep = |fid, stat: &fs::Stat| is_kept(cache, fid, stat.kind(), acked);
     if let Err(e) = cache.limbo.clear(LIMBO_REST, keep) {
@@ -174,7 +167,8 @@ impl Cutter {
         if from > upto {
             return Ok(());
         }
-        cache.log.sync(upto)?;
+        cache.make_durable(upto)?;
+        crash::point("ship-cut");
         let mut records = Vec::new();
         for entry in cache.log.entries(from).take(TOGETHER_MAX) {
             let entry = entry?;

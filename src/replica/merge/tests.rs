@@ -590,7 +590,7 @@ fn what_the_journal_holds_pends_again_after_a_restart() {
     let rig = rig();
     let first = rig.own_create(1, "a", 30);
     rig.own_store(30);
-    rig.cache.set_acked(first).unwrap();
+    rig.cache.log.set_cursor("acked", first.0).unwrap();
     let Rig { _dir, cache, .. } = rig;
     drop(cache);
     let at = |n: &str| _dir.path().join(n);
