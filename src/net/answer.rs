@@ -33,7 +33,11 @@ pub fn failure(e: &VolumeError) -> Failed {
         VolumeError::Gone(_) => Code::Gone,
         VolumeError::Moved => Code::Moved,
         VolumeError::NoRoom => Code::NoSpace,
-        VolumeError::NotAFile | VolumeError::NotADir | VolumeError::Missing { .. } => Code::Other,
+        VolumeError::NoConflict { .. } => Code::Gone,
+        VolumeError::NotAFile
+        | VolumeError::NotADir
+        | VolumeError::Missing { .. }
+        | VolumeError::Undecided { .. } => Code::Other,
         VolumeError::Os(crate::sys::Errno::NOENT) => Code::Gone,
         VolumeError::Os(_) | VolumeError::Tree(_) | VolumeError::Log(_) => Code::Io,
         VolumeError::State(_) => Code::Io,

@@ -9,7 +9,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use super::certify::{Clash, Verdict, certify};
+use super::certify::{self, Clash, Verdict, View, certify};
 use super::meta::Meta;
 use super::ops::time_of_ns;
 use super::spool::Spool;
@@ -17,7 +17,7 @@ use super::tree::{Dir, TreeError};
 use super::volume::{Result, Volume, VolumeError};
 use crate::kml::codec::Outcome;
 use crate::kml::record::{
-    Change, Fid, Name, Op, Origin, Over, Place, ROOT, Range, Record, Seq, Stamp, Time,
+    Attr, Change, Fid, Gone, Name, Op, Origin, Over, Place, ROOT, Range, Record, Seq, Stamp, Time,
 };
 use crate::sys::cred::{self, Caller};
 use crate::sys::{Errno, crash, fs};
@@ -91,6 +91,7 @@ impl Volume {
     /// that were applied before are passed over. Durable on return: no.
     pub fn apply(&mut self, node: u32, upto: Seq, changes: &[Incoming<'_>]) -> Applied {
         let mut out = Applied::default();
+        self.kept.looked_back = 0;
         for change in changes {
             match self.apply_one(node, change, &mut out) {
                 Ok(()) => out.upto = change.seq,
@@ -160,13 +161,27 @@ impl Volume {
         if seq <= self.nodes.seen(node) && !matches!(record.op, Op::Store { .. }) {
             return Ok(());
         }
+        self.follow(node, &mut record.op)?;
         let verdict = certify(self, (node, seq), &record, content)?;
         log::trace!("{}: {node}:{} {:?}: {verdict:?}", self.name, seq.0, record.op);
         crash::point("apply-certified");
         match verdict {
-            Verdict::Apply => self.carry_out(record, content, out)?,
+            Verdict::Apply => {
+                self.drop_times(node, &mut record.op)?;
+                let op = record.op.clone();
+                self.carry_out(record, content, out)?;
+                self.after_change((node, seq), &op, out)?;
+            }
             Verdict::Same => {}
             Verdict::Alias(to) => {
+                if let Op::Rename { from, fid, .. } = &record.op {
+                    // what it was to put there is there: its own goes
+                    let gone =
+                        Gone { fid: *fid, base: from.base, attr: Attr::default(), target: None };
+                    let op = Op::Unlink { at: from.clone(), gone };
+                    self.carry_out(Record { op, ..record.clone() }, Content::None, out)?;
+                    self.after_change((node, seq), &record.op, out)?;
+                }
                 if let Some(from) = change.record.op.fid() {
                     self.nodes.add_alias(node, from, to);
                 }
@@ -179,6 +194,18 @@ impl Volume {
         Ok(())
     }
 
+    /// Times that belong to other contents than those that are there are not set.
+    fn drop_times(&mut self, node: u32, op: &mut Op) -> Result<()> {
+        if let Op::Setattr { fid, base, new, .. } = op
+            && (new.atime.is_some() || new.mtime.is_some())
+            && let Some(there) = self.find(*fid)?
+            && !certify::keeps_times(&there, node, *base)
+        {
+            (new.atime, new.mtime) = (None, None);
+        }
+        Ok(())
+    }
+
     /// Journals the record, does it, and settles it. One that the file system refuses becomes a
     /// conflict.
     pub(super) fn carry_out(
@@ -187,10 +214,35 @@ impl Volume {
         content: Content<'_>,
         out: &mut Applied,
     ) -> Result<()> {
-        let ticket = self.log.append(&record)?;
+        let done = self.journaled(&record, content);
+        match done {
+            Ok(stamp) => {
+                self.nodes.note(record.origin.node, record.origin.seq, true);
+                let is_there =
+                    |fid: &Fid| *fid == ROOT || self.tree.names(*fid).is_ok_and(|n| !n.is_empty());
+                out.stamps.extend(record.op.touched().filter(is_there).map(|fid| (fid, stamp)));
+                Ok(())
+            }
+            Err(VolumeError::Os(e)) if is_final(e) => {
+                self.keep_aside(&record, content, Clash::Refused(e))?;
+                out.conflicts.extend(record.op.touched());
+                Ok(())
+            }
+            Err(VolumeError::Gone(_) | VolumeError::NotADir) => {
+                self.keep_aside(&record, content, Clash::Gone)?;
+                out.conflicts.extend(record.op.touched());
+                Ok(())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Journals a record, does it, and settles it.
+    pub(super) fn journaled(&mut self, record: &Record, content: Content<'_>) -> Result<Stamp> {
+        let ticket = self.log.append(record)?;
         crash::point("apply-journaled");
         let stamp = Stamp(ticket.seq.0);
-        let done = match self.perform(&record, content, stamp) {
+        let done = match self.perform(record, content, stamp) {
             // a file system says the same when an attribute is too large for it
             Err(VolumeError::NoRoom)
                 if matches!(record.op, Op::Setxattr { .. }) && self.has_room() =>
@@ -203,21 +255,7 @@ impl Volume {
         crash::point("apply-done");
         self.log.settle(ticket, outcome);
         crash::point("apply-settled");
-        match done {
-            Ok(()) => {
-                self.nodes.note(record.origin.node, record.origin.seq, true);
-                let is_there =
-                    |fid: &Fid| *fid == ROOT || self.tree.names(*fid).is_ok_and(|n| !n.is_empty());
-                out.stamps.extend(record.op.touched().filter(is_there).map(|fid| (fid, stamp)));
-                Ok(())
-            }
-            Err(VolumeError::Os(e)) if is_final(e) => {
-                self.keep_aside(&record, content, Clash::Refused(e))?;
-                out.conflicts.extend(record.op.touched());
-                Ok(())
-            }
-            Err(e) => Err(e),
-        }
+        done.map(|()| stamp)
     }
 
     fn has_room(&self) -> bool {
@@ -245,11 +283,11 @@ impl Volume {
                 let (from, old) = self.tree.place(*fid)?;
                 let dir = self.dir(at.dir)?;
                 self.tree.link((&from, &old), *fid, &dir, &at.name, when)?;
-                self.tree.edit_meta(*fid, |meta| restamped(meta, node, stamp))?;
+                self.tree.edit_meta(*fid, |meta| noted(meta, node, stamp))?;
             }
             Op::Rename { from, to, fid, over, .. } => {
                 self.rename((from, to), *fid, over, when)?;
-                self.tree.edit_meta(*fid, |meta| restamped(meta, node, stamp))?;
+                self.tree.edit_meta(*fid, |meta| noted(meta, node, stamp))?;
                 if let Some(other) = record.op.other() {
                     self.restamp_rest(other, node, stamp)?;
                 }
@@ -271,12 +309,16 @@ impl Volume {
                     Change { uid: None, gid: None, ..*new } // owners are root's to change
                 };
                 self.tree.setattr(&*dir, &name, &new)?;
-                self.tree.edit_meta(*fid, |meta| restamped(meta, node, stamp))?;
+                let is_data = new.size.is_some();
+                self.tree.edit_meta(*fid, |meta| match is_data {
+                    true => restamped(meta, node, stamp),
+                    false => noted(meta, node, stamp),
+                })?;
             }
             Op::Setxattr { fid, name, value, .. } => {
                 let (dir, at) = self.object_path(*fid)?;
                 fs::xattr::set(&*dir, &at, name, value, 0).map_err(TreeError::from)?;
-                self.tree.edit_meta(*fid, |meta| restamped(meta, node, stamp))?;
+                self.tree.edit_meta(*fid, |meta| noted(meta, node, stamp))?;
             }
             Op::Removexattr { fid, name, .. } => {
                 let (dir, at) = self.object_path(*fid)?;
@@ -284,7 +326,7 @@ impl Volume {
                     Ok(()) | Err(Errno::NODATA) => {}
                     Err(e) => return Err(e.into()),
                 }
-                self.tree.edit_meta(*fid, |meta| restamped(meta, node, stamp))?;
+                self.tree.edit_meta(*fid, |meta| noted(meta, node, stamp))?;
             }
             Op::Store { fid, size, mtime, ranges, .. } => {
                 self.store(record.origin, *fid, (*size, *mtime, ranges), content, stamp)?;
@@ -299,7 +341,7 @@ impl Volume {
     /// Both times of a new object are the record's, as on the node that made it.
     fn make(&mut self, record: &Record, at: &Place, fid: Fid, stamp: Stamp) -> Result<()> {
         let dir = self.dir(at.dir)?;
-        let meta = Meta { author: record.origin.node, stamp, ..Meta::whole(fid) };
+        let meta = Meta::made(fid, record.origin.node, stamp);
         let by = |umask: u32| Caller { uid: record.uid, gid: record.gid, umask: umask & 0o777 };
         let when = time_of_ns(record.time_ns);
         let (tree, name) = (&self.tree, &at.name);
@@ -410,7 +452,7 @@ impl Volume {
     }
 
     /// Where an object is, for calls that take a directory and a name (empty: the directory).
-    fn object_path(&self, fid: Fid) -> Result<(Arc<Dir>, Vec<u8>)> {
+    pub(super) fn object_path(&self, fid: Fid) -> Result<(Arc<Dir>, Vec<u8>)> {
         if fid == ROOT {
             return Ok((self.tree.root().clone(), Vec::new()));
         }
@@ -422,7 +464,7 @@ impl Volume {
         if self.tree.names(fid)?.is_empty() {
             return Ok(());
         }
-        match self.tree.edit_meta(fid, |meta| restamped(meta, node, stamp)) {
+        match self.tree.edit_meta(fid, |meta| noted(meta, node, stamp)) {
             Ok(()) | Err(TreeError::Gone(_)) => Ok(()),
             Err(e) => Err(e.into()),
         }
@@ -439,8 +481,19 @@ impl Volume {
     }
 }
 
-/// Notes a change of the object; an older one than the last is no news.
+/// Notes a change of the object's contents; an older one than the last is no news.
 pub fn restamped(meta: &mut Meta, node: u32, stamp: Stamp) {
+    if stamp > meta.data {
+        if meta.data_author != node {
+            (meta.data_foreign, meta.data_author) = (meta.data, node);
+        }
+        meta.data = stamp;
+    }
+    noted(meta, node, stamp);
+}
+
+/// Notes a change of the object that leaves its contents as they are.
+fn noted(meta: &mut Meta, node: u32, stamp: Stamp) {
     if stamp <= meta.stamp {
         return;
     }
@@ -472,7 +525,7 @@ pub(super) fn write_ranges(file: &OwnedFd, ranges: &[Range], mut bytes: &[u8]) -
 }
 
 /// What lies beyond the source's end is left out: the file has become shorter since.
-fn copy_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range]) -> fs::Result<()> {
+pub(super) fn copy_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range]) -> fs::Result<()> {
     let mut buf = vec![0; 1 << 20];
     for range in ranges {
         let mut into = 0;

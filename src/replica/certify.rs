@@ -1,13 +1,16 @@
 //! Certification: whether a client's record still fits the tree it was not made on.
 //!
 //! Names for directories: two clients may make different names in one directory. Stamps for the
-//! contents and attributes of everything else: a record of node n, based on a stamp, is current
-//! when nobody else has changed the object after that stamp. An outcome that is there already is no
-//! conflict, and no change: the same object at the name, the same contents, a name that is gone.
+//! contents of files: a record of node n, based on a stamp, is current when nobody else has changed
+//! the contents after that stamp. Attributes each for itself, by the value that was replaced. An
+//! outcome that is there already is no conflict, and no change: the same object at the name, the
+//! same contents, a name that is gone. imz-conflicts(7) has the table of all pairs.
 //!
 //! The decision is a function of the record and of what a [`View`] says of the tree, so that the
 //! simulation (tests/simulation) runs it over a model. Nothing here changes the tree, but that
 //! objects of a volume which are seen for the first time get a fid.
+
+use std::os::fd::OwnedFd;
 
 use super::apply::Content;
 use super::meta::Meta;
@@ -17,6 +20,9 @@ use super::volume::{self, Volume, VolumeError};
 use crate::kml::record::{self, Attr, Fid, Name, Op, Over, Place, ROOT, Range, Record, Seq, Stamp};
 use crate::sys::Errno;
 use crate::sys::fs::{self, Kind};
+
+/// Files larger than this are not compared with each other, bytes: whoever reads waits for it.
+const ALIKE_LEN_MAX: u64 = 64 << 20;
 
 /// Why a record does not fit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -88,11 +94,14 @@ pub trait View {
     ) -> Result<bool, Self::Error>;
     /// The name of the attribute that is imz's own.
     fn own_key(&self) -> &[u8];
-}
-
-/// Whether nobody but `node` has changed the object after `base`.
-fn is_current(meta: &Meta, node: u32, base: Stamp) -> bool {
-    base >= if meta.author == node { meta.foreign } else { meta.stamp }
+    /// The value of an extended attribute, or that there is none; `None` when it cannot be told.
+    fn xattr(&mut self, _fid: Fid, _name: &[u8]) -> Result<Option<Option<Vec<u8>>>, Self::Error> {
+        Ok(None)
+    }
+    /// Whether these are two files with the same bytes, owner and mode.
+    fn are_alike(&mut self, _one: Fid, _other: Fid) -> Result<bool, Self::Error> {
+        Ok(false)
+    }
 }
 
 /// What becomes of a record of `node`.
@@ -112,12 +121,14 @@ pub fn certify<V: View>(
     }
     match &record.op {
         Op::Noop => Ok(Same),
-        Op::Create { at, fid, .. } | Op::Mknod { at, fid, .. } => {
-            certify_new(view, node, at, *fid, None)
+        Op::Create { at, fid, mode, umask } => {
+            let alike = Alike::Empty { mode: mode & !umask & 0o7777, uid: record.uid };
+            certify_new(view, node, at, *fid, alike)
         }
-        Op::Mkdir { at, fid, .. } => certify_new(view, node, at, *fid, Some((Kind::Dir, b""))),
+        Op::Mknod { at, fid, .. } => certify_new(view, node, at, *fid, Alike::Nothing),
+        Op::Mkdir { at, fid, .. } => certify_new(view, node, at, *fid, Alike::Dir),
         Op::Symlink { at, fid, target } => {
-            certify_new(view, node, at, *fid, Some((Kind::Symlink, target)))
+            certify_new(view, node, at, *fid, Alike::Symlink(target))
         }
         Op::Link { at, fid, .. } => match view.stands(at)? {
             Err(clash) => Ok(Conflict(clash)),
@@ -129,32 +140,36 @@ pub fn certify<V: View>(
             certify_rename(view, node, (from, to), *fid, over)
         }
         Op::Unlink { at, gone } | Op::Rmdir { at, gone } => certify_removal(view, node, at, gone),
-        Op::Setattr { fid, base, new, .. } => {
+        Op::Setattr { fid, base, new, old } => {
+            let there = view.find(*fid)?;
+            Ok(certify_there(there.as_ref(), |there| certify_attr(there, node, *base, new, old)))
+        }
+        Op::Setxattr { fid, base, name, old, .. } | Op::Removexattr { fid, base, name, old } => {
+            if name == view.own_key() {
+                return Ok(Conflict(Clash::OwnName));
+            }
+            let value = match &record.op {
+                Op::Setxattr { value, .. } => Some(value),
+                _ => None,
+            };
+            let now = view.xattr(*fid, name)?;
             Ok(certify_there(view.find(*fid)?.as_ref(), |there| {
                 let last_wins = there.kind() == Kind::Dir;
-                if last_wins || is_current(&there.meta, node, *base) {
+                if last_wins || now.as_ref() == Some(old) {
                     Apply
-                } else if is_set(new, &there.attr) {
+                } else if now.as_ref().is_some_and(|now| now.as_ref() == value) {
                     Same
+                } else if there.meta.is_current(node, *base) {
+                    Apply
                 } else {
                     Conflict(Clash::Changed)
                 }
             }))
         }
-        Op::Setxattr { fid, base, name, .. } | Op::Removexattr { fid, base, name, .. } => {
-            if name == view.own_key() {
-                return Ok(Conflict(Clash::OwnName));
-            }
-            Ok(certify_there(view.find(*fid)?.as_ref(), |there| {
-                let last_wins = there.kind() == Kind::Dir;
-                let fits = last_wins || is_current(&there.meta, node, *base);
-                if fits { Apply } else { Conflict(Clash::Changed) }
-            }))
-        }
         Op::Store { fid, base, size, ranges, .. } => {
             let there = view.find(*fid)?;
             let verdict = certify_there(there.as_ref(), |there| {
-                let fits = is_current(&there.meta, node, *base);
+                let fits = there.meta.has_current_data(node, *base);
                 if fits { Apply } else { Conflict(Clash::Changed) }
             });
             match (verdict, there) {
@@ -173,12 +188,56 @@ fn certify_there(there: Option<&Seen>, judge: impl FnOnce(&Seen) -> Verdict) -> 
     there.map_or(Conflict(Clash::Gone), judge)
 }
 
+/// Attributes of a file are certified one by one: by the value that each replaced, and where that
+/// is not told, by the object's stamp. A size is contents; times belong to the contents that they
+/// came with ([`keeps_times`]). A directory's last change wins.
+fn certify_attr(
+    there: &Seen,
+    node: u32,
+    base: Stamp,
+    new: &record::Change,
+    old: &record::Change,
+) -> Verdict {
+    if there.kind() == Kind::Dir {
+        return Apply;
+    }
+    let current = there.meta.is_current(node, base);
+    if !current && is_set(new, &there.attr) {
+        return Same;
+    }
+    let fits = |new: Option<u32>, old: Option<u32>, now: u32| {
+        current || new.is_none_or(|new| new == now || old == Some(now))
+    };
+    let fit = fits(new.mode, old.mode, there.attr.mode & 0o7777)
+        && fits(new.uid, old.uid, there.attr.uid)
+        && fits(new.gid, old.gid, there.attr.gid);
+    let has_data = there.meta.has_current_data(node, base);
+    if !fit || (new.size.is_some_and(|size| size != there.attr.size) && !has_data) {
+        return Conflict(Clash::Changed);
+    }
+    let times_only = record::Change { atime: None, mtime: None, ..*new } == Default::default();
+    if times_only && !has_data { Same } else { Apply }
+}
+
+/// Whether the times that a change sets are those of the contents that are there.
+pub fn keeps_times(there: &Seen, node: u32, base: Stamp) -> bool {
+    there.kind() == Kind::Dir || there.meta.has_current_data(node, base)
+}
+
+/// What at the name counts as the outcome of a creation.
+enum Alike<'a> {
+    Nothing,
+    Dir,
+    Symlink(&'a [u8]),
+    Empty { mode: u32, uid: u32 },
+}
+
 fn certify_new<V: View>(
     view: &mut V,
     node: u32,
     at: &Place,
     fid: Fid,
-    alike: Option<(Kind, &[u8])>,
+    alike: Alike<'_>,
 ) -> Result<Verdict, V::Error> {
     if fid.node() != node || fid.counter() == 0 {
         return Ok(Conflict(Clash::ForeignFid));
@@ -193,11 +252,16 @@ fn certify_new<V: View>(
     };
     let same = match alike {
         _ if there.meta.fid == fid => return Ok(Same),
-        Some((Kind::Dir, _)) => there.kind() == Kind::Dir,
-        Some((Kind::Symlink, target)) => {
+        Alike::Nothing => false,
+        Alike::Dir => there.kind() == Kind::Dir,
+        Alike::Symlink(target) => {
             there.kind() == Kind::Symlink && view.target(at)?.as_deref() == Some(target)
         }
-        _ => false,
+        Alike::Empty { mode, uid } => {
+            let attr = &there.attr;
+            there.kind() == Kind::File
+                && (attr.size, attr.nlink, attr.mode & 0o7777, attr.uid) == (0, 1, mode, uid)
+        }
     };
     Ok(if same { Alias(there.meta.fid) } else { Conflict(Clash::NameTaken) })
 }
@@ -219,15 +283,20 @@ fn certify_rename<V: View>(
     };
     if source != Some(fid) {
         let there = target.is_some_and(|there| there.meta.fid == fid);
-        return Ok(if there { Same } else { Conflict(Clash::OtherObject) });
+        return Ok(match there || view.find(fid)?.is_some() {
+            true if there => Same,
+            true => Conflict(Clash::OtherObject),
+            false => Conflict(Clash::Gone),
+        });
     }
-    Ok(match (over, target) {
+    let other = target.as_ref().map(|there| there.meta.fid);
+    let verdict = match (over, target) {
         (Over::Nothing { .. } | Over::Replaced(_), None) => Apply,
         // two names of one object: rename(2) leaves them both
         (_, Some(there)) if there.meta.fid == fid => Apply,
         (Over::Nothing { .. }, Some(_)) => Conflict(Clash::NameTaken),
         (Over::Replaced(gone), Some(there)) => {
-            let current = is_current(&there.meta, node, gone.base);
+            let current = there.meta.has_current_data(node, gone.base);
             match there.meta.fid == gone.fid {
                 false => Conflict(Clash::NameTaken),
                 true if there.is_last_name() && !current => Conflict(Clash::Changed),
@@ -236,7 +305,14 @@ fn certify_rename<V: View>(
         }
         (Over::Exchanged { fid, .. }, Some(there)) if there.meta.fid == *fid => Apply,
         (Over::Exchanged { .. }, _) => Conflict(Clash::OtherObject),
-    })
+    };
+    match (verdict, other) {
+        // both have put the same there, each a file of his own
+        (Conflict(Clash::NameTaken | Clash::Changed), Some(other)) => {
+            Ok(if view.are_alike(fid, other)? { Alias(other) } else { verdict })
+        }
+        _ => Ok(verdict),
+    }
 }
 
 fn certify_removal<V: View>(
@@ -247,9 +323,14 @@ fn certify_removal<V: View>(
 ) -> Result<Verdict, V::Error> {
     Ok(match view.stands(at)? {
         Err(_) | Ok(None) => Same,
-        Ok(Some(there)) if there.meta.fid != gone.fid => Conflict(Clash::OtherObject),
+        // somebody else has removed it, and made another
+        Ok(Some(there)) if there.meta.fid != gone.fid => match view.find(gone.fid)? {
+            None => Same,
+            Some(_) => Conflict(Clash::OtherObject),
+        },
         Ok(Some(there)) => {
-            let lost = there.is_last_name() && !is_current(&there.meta, node, gone.base);
+            let current = there.meta.has_current_data(node, gone.base);
+            let lost = there.is_last_name() && !current;
             if lost { Conflict(Clash::Changed) } else { Apply }
         }
     })
@@ -328,6 +409,49 @@ impl View for Volume {
     fn own_key(&self) -> &[u8] {
         self.tree.own_key()
     }
+    fn xattr(&mut self, fid: Fid, name: &[u8]) -> volume::Result<Option<Option<Vec<u8>>>> {
+        let (dir, at) = match self.object_path(fid) {
+            Ok(found) => found,
+            Err(VolumeError::Gone(_)) => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        match fs::xattr::get(&*dir, &at, name) {
+            Ok(now) => Ok(Some(now)),
+            Err(e) => {
+                log::debug!("{fid}: attribute {}: {e}", name.escape_ascii());
+                Ok(None) // the operation itself will say so
+            }
+        }
+    }
+    fn are_alike(&mut self, one: Fid, other: Fid) -> volume::Result<bool> {
+        let (Some(a), Some(b)) = (self.find(one)?, self.find(other)?) else { return Ok(false) };
+        let of = |seen: &Seen| (seen.attr.mode, seen.attr.uid, seen.attr.gid, seen.attr.size);
+        if a.kind() != Kind::File || of(&a) != of(&b) || a.attr.size > ALIKE_LEN_MAX {
+            return Ok(false);
+        }
+        let flags = fs::o::RDONLY | fs::o::NONBLOCK;
+        let files = (self.tree.open_object(one, flags)?, self.tree.open_object(other, flags)?);
+        same_bytes(&files.0, &files.1, a.attr.size)
+    }
+}
+
+/// Whether two files have the same `len` bytes.
+fn same_bytes(one: &OwnedFd, other: &OwnedFd, len: u64) -> volume::Result<bool> {
+    let (mut ours, mut theirs) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+    let mut at = 0;
+    while at < len {
+        let want = (len - at).min(ours.len() as u64) as usize;
+        let have = fs::pread(one, &mut ours[..want], at)?;
+        // a short read of the second one takes the file for different: no harm
+        if have == 0
+            || fs::pread(other, &mut theirs[..have], at)? != have
+            || ours[..have] != theirs[..have]
+        {
+            return Ok(false);
+        }
+        at += have as u64;
+    }
+    Ok(true)
 }
 
 fn seen((meta, stat): (Meta, fs::Stat)) -> Seen {

@@ -13,10 +13,18 @@
 //!  36    4  nlink     names that the server counts; 0: as the backing file has them
 //!  40    8  base_size bytes of the server's file that `have` speaks of
 //!  48    4  crc       CRC-32 of all other bytes
-//!  52    n  have      a bit for each granule that is here; empty for a complete object
+//!  52    a  data      stamp of the last change of the contents; it and the next two have 7 bits
+//!                     a byte, the lowest first, and all bytes but the last their highest bit set
+//!        b  data_foreign  of the last one by another node than
+//!        c  data_author   the node that made it
+//!        n  have      a bit for each granule that is here; empty for a complete object
 //! ```
 //!
-//! Little-endian. Version 1 had no crc, and is still read. A granule is 1 MiB, doubled until a file has at most 16,384 of them: the value
+//! Version 1 had neither crc nor stamps of the contents (`have` at 48), and is still read: there,
+//! every change counts as one of them. Short numbers, since with more than 68 bytes the value
+//! leaves ext4's inode for a block.
+//!
+//! Little-endian. A granule is 1 MiB, doubled until a file has at most 16,384 of them: the value
 //! stays below 2.1 KiB, which every file system takes.
 
 use crate::kml::record::{Fid, Range, Stamp};
@@ -47,6 +55,10 @@ pub struct Meta {
     pub epoch: u32,
     pub nlink: u32,
     pub base_size: u64,
+    /// as `stamp`, `foreign` and `author`, for changes of the contents alone
+    pub data: Stamp,
+    pub data_foreign: Stamp,
+    pub data_author: u32,
     /// one bit a granule of the first `base_size` bytes, lowest bit first; empty when complete
     pub have: Vec<u8>,
 }
@@ -60,6 +72,22 @@ impl Meta {
     /// An object that is all here, as its creator has it.
     pub fn whole(fid: Fid) -> Meta {
         Meta { fid, complete: true, ..Meta::default() }
+    }
+
+    /// An object that `node` has made with the server's record `stamp`.
+    pub fn made(fid: Fid, node: u32, stamp: Stamp) -> Meta {
+        let (author, data_author) = (node, node);
+        Meta { author, stamp, data_author, data: stamp, ..Meta::whole(fid) }
+    }
+
+    /// Whether nobody but `node` has changed the object after `base`.
+    pub fn is_current(&self, node: u32, base: Stamp) -> bool {
+        base >= if self.author == node { self.foreign } else { self.stamp }
+    }
+
+    /// Whether nobody but `node` has changed the contents after `base`.
+    pub fn has_current_data(&self, node: u32, base: Stamp) -> bool {
+        base >= if self.data_author == node { self.data_foreign } else { self.data }
     }
 
     /// A file of which nothing is here yet (or a directory, with `size` 0).
@@ -104,25 +132,33 @@ impl Meta {
         out.extend_from_slice(&self.author.to_le_bytes());
         out.extend_from_slice(&self.nlink.to_le_bytes());
         out.extend_from_slice(&self.base_size.to_le_bytes());
-        out.extend_from_slice(&crc(&out, &self.have).to_le_bytes());
-        out.extend_from_slice(&self.have);
+        let mut rest = Vec::new();
+        for number in [self.data.0, self.data_foreign.0, self.data_author.into()] {
+            put_short(&mut rest, number);
+        }
+        rest.extend_from_slice(&self.have);
+        out.extend_from_slice(&crc(&out, &rest).to_le_bytes());
+        out.extend_from_slice(&rest);
         out
     }
 
     /// # Errors
     /// [`BadMeta`] when the bytes are damaged, too few, too many, or of another version.
     pub fn decode(bytes: &[u8]) -> Result<Meta, BadMeta> {
-        let fixed: &[u8; FIXED_LEN] = bytes.first_chunk().ok_or(BadMeta)?;
+        let (fixed, mut have) = bytes.split_first_chunk::<FIXED_LEN>().ok_or(BadMeta)?;
         let u32_at = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| fixed[at + i]));
         let u64_at = |at| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
-        let have = match (fixed[0], &bytes[FIXED_LEN..]) {
-            (VERSION_PLAIN, have) => have,
-            (VERSION, rest) => {
-                let (check, have) = rest.split_first_chunk::<CRC_LEN>().ok_or(BadMeta)?;
-                if u32::from_le_bytes(*check) != crc(fixed, have) {
+        let (stamp, foreign, author) = (u64_at(16), u64_at(24), u32_at(32));
+        let (data, data_foreign, data_author) = match fixed[0] {
+            VERSION_PLAIN => (stamp, foreign, author), // it knew no difference
+            VERSION => {
+                let check = have.split_off(..CRC_LEN).ok_or(BadMeta)?;
+                if check != crc(fixed, have).to_le_bytes() {
                     return Err(BadMeta);
                 }
-                have
+                let (data, foreign) = (take_short(&mut have)?, take_short(&mut have)?);
+                let author = take_short(&mut have)?;
+                (data, foreign, u32::try_from(author).map_err(|_| BadMeta)?)
             }
             _ => return Err(BadMeta),
         };
@@ -131,14 +167,17 @@ impl Meta {
         }
         Ok(Meta {
             fid: Fid(u64_at(8)),
-            stamp: Stamp(u64_at(16)),
-            foreign: Stamp(u64_at(24)),
-            author: u32_at(32),
+            stamp: Stamp(stamp),
+            foreign: Stamp(foreign),
+            author,
             complete: fixed[1] & COMPLETE != 0,
             stale: fixed[1] & STALE != 0,
             epoch: u32_at(4),
             nlink: u32_at(36),
             base_size: u64_at(40),
+            data: Stamp(data),
+            data_foreign: Stamp(data_foreign),
+            data_author,
             have: have.to_vec(),
         })
     }
@@ -238,6 +277,28 @@ fn crc(fixed: &[u8], have: &[u8]) -> u32 {
     hasher.finalize()
 }
 
+/// Seven bits a byte, the lowest first.
+fn put_short(out: &mut Vec<u8>, mut number: u64) {
+    while number > 0x7f {
+        out.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    out.push(number as u8);
+}
+
+fn take_short(bytes: &mut &[u8]) -> Result<u64, BadMeta> {
+    let mut number = 0;
+    for nth in 0..10 {
+        let (byte, rest) = bytes.split_first().ok_or(BadMeta)?;
+        *bytes = rest;
+        number |= u64::from(byte & 0x7f) << (7 * nth);
+        if byte & 0x80 == 0 {
+            return Ok(number);
+        }
+    }
+    Err(BadMeta)
+}
+
 fn granule_len(size: u64) -> u64 {
     let mut len = GRANULE_LEN_MIN;
     while size.div_ceil(len) > GRANULES_MAX {
@@ -258,13 +319,30 @@ mod tests {
         (meta.foreign, meta.author, meta.stale, meta.epoch, meta.nlink) = (Stamp(8), 3, true, 6, 2);
         meta.arrived(3 * MIB, MIB);
         assert_eq!(Meta::decode(&meta.encode()), Ok(meta.clone()));
-        assert_eq!(Meta::decode(&meta.encode()[..47]), Err(BadMeta));
+        (meta.data, meta.data_foreign, meta.data_author) = (Stamp(7), Stamp(6), 5);
+        assert_eq!(Meta::decode(&meta.encode()), Ok(meta.clone()));
+        (meta.data, meta.data_foreign, meta.data_author) = (Stamp(u64::MAX), Stamp(300), u32::MAX);
+        assert_eq!(Meta::decode(&meta.encode()), Ok(meta.clone()));
+        for len in 0..FIXED_LEN + 3 {
+            assert_eq!(Meta::decode(&meta.encode()[..len]), Err(BadMeta));
+        }
         let mut other = meta.encode();
         other[0] = 3;
         assert_eq!(Meta::decode(&other), Err(BadMeta));
         other.resize(FIXED_LEN + 2049, 0);
         other[0] = VERSION_PLAIN;
         assert_eq!(Meta::decode(&other), Err(BadMeta));
+        // as the version before wrote it
+        let mut old = meta.encode()[..FIXED_LEN].to_vec();
+        old[0] = 1;
+        old.extend_from_slice(&meta.have);
+        (meta.data, meta.data_foreign, meta.data_author) = (Stamp(9), Stamp(8), 3);
+        assert_eq!(Meta::decode(&old), Ok(meta));
+        assert_eq!(Meta::decode(&old[..47]), Err(BadMeta));
+        old.resize(FIXED_LEN + 2049, 0);
+        assert_eq!(Meta::decode(&old), Err(BadMeta));
+        let usual = Meta::made(Fid::new(99, 1 << 30), 99, Stamp(1 << 27));
+        assert!(usual.encode().len() <= 64, "it fits into an inode");
     }
 
     #[test]
@@ -285,7 +363,7 @@ mod tests {
     #[test]
     fn the_first_version_is_still_read() {
         let mut first = Meta::whole(Fid::new(3, 77)).encode();
-        first.drain(FIXED_LEN..FIXED_LEN + CRC_LEN);
+        first.drain(FIXED_LEN..);
         first[0] = VERSION_PLAIN;
         assert_eq!(Meta::decode(&first), Ok(Meta::whole(Fid::new(3, 77))));
     }

@@ -55,6 +55,8 @@ pub struct Nodes {
     by_incarnation: HashMap<String, usize>,
     /// per client, what a power cut cannot take back
     kept: HashMap<u32, Seq>,
+    /// the aliases of the table
+    by_alias: HashMap<(u32, Fid), Fid>,
 }
 
 impl Nodes {
@@ -79,6 +81,13 @@ impl Nodes {
             by_number: table.nodes.iter().enumerate().map(number).collect(),
             by_incarnation: table.nodes.iter().enumerate().map(incarnation).collect(),
             kept: HashMap::new(),
+            by_alias: table
+                .nodes
+                .iter()
+                .flat_map(|node| {
+                    node.aliases.iter().map(|(a, b)| ((node.number, Fid(*a)), Fid(*b)))
+                })
+                .collect(),
             path,
             table,
         })
@@ -147,6 +156,10 @@ impl Nodes {
     fn node_mut(&mut self, number: u32) -> Option<&mut Node> {
         self.table.nodes.get_mut(*self.by_number.get(&number)?)
     }
+    /// The client's host, as it said; empty when it is not known.
+    pub fn host(&self, number: u32) -> &str {
+        self.node(number).map_or("", |node| &node.host)
+    }
     /// Newest record of the client that was applied.
     pub fn last(&self, number: u32) -> Seq {
         Seq(self.node(number).map_or(0, |node| node.last))
@@ -166,17 +179,18 @@ impl Nodes {
     }
     /// What the client calls `fid`, under the name that the tree has for it.
     pub fn alias(&self, number: u32, fid: Fid) -> Fid {
-        let node = self.node(number);
-        let found = node.and_then(|node| node.aliases.iter().find(|(from, _)| *from == fid.0));
-        found.map_or(fid, |(_, to)| Fid(*to))
+        self.by_alias.get(&(number, fid)).copied().unwrap_or(fid)
     }
     pub fn has_aliases(&self, number: u32) -> bool {
         self.node(number).is_some_and(|node| !node.aliases.is_empty())
     }
     /// From now on the client's `from` is `to`. Durable with the next `save`.
     pub fn add_alias(&mut self, number: u32, from: Fid, to: Fid) {
+        let before = self.by_alias.insert((number, from), to);
         if let Some(node) = self.node_mut(number) {
-            node.aliases.retain(|(known, _)| *known != from.0);
+            if before.is_some() {
+                node.aliases.retain(|(known, _)| *known != from.0);
+            }
             node.aliases.push((from.0, to.0));
         }
     }

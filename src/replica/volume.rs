@@ -18,6 +18,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::conflict::Kept;
 use super::live::Live;
 use super::meta::Meta;
 use super::nodes::Nodes;
@@ -64,6 +65,11 @@ pub enum VolumeError {
     NoRoom,
     #[error("{path}: no such directory")]
     Missing { path: PathBuf },
+    #[error("there is no conflict {id}; imz conflicts list says which there are")]
+    NoConflict { id: String },
+    /// a decision about a conflict that cannot be carried out
+    #[error("{what}")]
+    Undecided { what: String },
     #[error("{0}")]
     Os(#[from] Errno),
     #[error("{0}")]
@@ -147,7 +153,7 @@ pub struct Volume {
     live: Live,
     /// directories whose entries were changed, by whom and at which stamp: set once a batch
     pub(super) touched: HashMap<Fid, (u32, Stamp)>,
-    pub(super) conflicts: u64,
+    pub(super) kept: Kept,
     /// where the clients were when the sync under way began
     syncing: Vec<(u32, Seq)>,
     /// of the directory that is being listed in pages
@@ -234,12 +240,12 @@ impl Volume {
             spool,
             live: Live::of(state_dir),
             touched: HashMap::new(),
-            conflicts: 0,
+            kept: Kept::default(),
             syncing: Vec::new(),
             names: None,
         };
-        volume.conflicts = volume.count_conflicts();
         volume.recover(facts.clean)?;
+        volume.find_conflicts()?;
         volume.save_nodes()?;
         log::info!("{}: volume {name} at stamp {}", dir.display(), volume.stamp().0);
         Ok(volume)
@@ -269,7 +275,7 @@ impl Volume {
     }
     /// Versions that lost and were kept aside.
     pub fn conflicts(&self) -> u64 {
-        self.conflicts
+        self.kept.count
     }
     /// Room that the history takes, bytes.
     pub fn history_len(&self) -> u64 {

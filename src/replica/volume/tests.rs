@@ -413,7 +413,7 @@ fn removals_certify_too() {
     assert!(rig.path("d/x").exists());
     let out = rig.store(2, f(1, 1), base, b"too late");
     assert_eq!(
-        (out.conflicts, rig.read(".imz-conflicts/2-4/data")),
+        (out.conflicts, rig.read(".imz-conflicts/2-1/data")),
         (vec![f(1, 1)], "too late".into())
     );
     // in a directory that is gone
