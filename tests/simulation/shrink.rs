@@ -6,7 +6,7 @@ use crate::plan::Plan;
 use crate::world::World;
 
 /// Histories that shrinking may run.
-const RUNS_MAX: u32 = 600;
+const RUNS_MAX: u32 = 2000;
 /// Lines of a story that are printed, the last ones.
 const LINES_MAX: usize = 600;
 
@@ -26,8 +26,13 @@ pub fn run(plan: &Plan) -> Ended {
     }
 }
 
-/// Leaves out steps as long as it still fails.
-pub fn shrink(plan: &Plan) -> Plan {
+/// What went wrong, without whom and where it met.
+fn kind(why: &str) -> String {
+    why.chars().filter(|c| c.is_alphabetic()).take(16).collect()
+}
+
+/// Leaves out steps as long as it still fails in the same way.
+pub fn shrink(plan: &Plan, why: &str) -> Plan {
     let (mut plan, mut runs) = (plan.clone(), 0);
     let mut chunk = plan.steps.len().div_ceil(2);
     while chunk > 0 && runs < RUNS_MAX {
@@ -37,7 +42,7 @@ pub fn shrink(plan: &Plan) -> Plan {
             let end = (at + chunk).min(less.steps.len());
             less.steps.drain(at..end);
             runs += 1;
-            if matches!(run(&less), Ended::Badly(_)) {
+            if matches!(run(&less), Ended::Badly(other) if kind(&other) == kind(why)) {
                 (plan, any) = (less, true);
             } else {
                 at += chunk;
@@ -55,7 +60,7 @@ pub fn shrink(plan: &Plan) -> Plan {
 pub fn fails(plan: &Plan, why: &str) {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| ())); // a panic that is looked for again and again
-    let less = shrink(plan);
+    let less = shrink(plan, why);
     std::panic::set_hook(hook);
     let mut world = World::new(&less, true);
     let ended = catch_unwind(AssertUnwindSafe(|| world.run()));
