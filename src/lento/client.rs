@@ -34,7 +34,8 @@ mod letting;
 
 use letting::Letting;
 
-/// Most breaks that wait for the kernel at one time; a server that sends more is not ours.
+/// Most breaks that wait for the kernel at one time, and most recalls that are remembered; a server
+/// that sends more is not ours.
 const BREAKS_MAX: usize = 4096;
 
 /// The driver's name for somebody who waits.
@@ -149,22 +150,27 @@ pub enum Effect {
         what: String,
     },
     /// `first`: forget what an earlier attempt at this listing saw. Names and objects whose newest
-    /// own record is after `mark` stay as they are
+    /// own record is after `mark` stay as they are. What was made as the page has it may be read
+    /// from then on (and, of the page's `read_only`, no more), and nothing else of it
     MergePage {
         dir: Fid,
         first: bool,
         mark: Seq,
         page: Page,
     },
-    /// the pages covered the directory; not `fresh`: it changed again meanwhile
+    /// the pages covered the directory; not `fresh`: it changed again meanwhile. With it `mode` may
+    /// be done
     FinishListing {
         dir: Fid,
         mark: Seq,
         fresh: bool,
+        mode: Mode,
     },
+    /// with it `mode` may be done, once it is so
     SetObject {
         object: Object,
         mark: Seq,
+        mode: Mode,
     },
     /// bytes of the version `stamp`; `granule` (at, len) is all here with them
     WriteRange {
@@ -342,7 +348,7 @@ pub struct Client {
     /// what may be done with the volume, but for single objects
     volume: Mode,
     lettings: Vec<Letting>,
-    /// what was recalled before it is known what may be done with the volume
+    /// what was recalled while it was asked what may be done with the volume
     recalled: Vec<Recall>,
     /// recalls of what was given just now
     held_back: Vec<(Instant, u64, Recall)>,
@@ -500,7 +506,7 @@ impl Client {
         for (_, id, m) in
             self.held_back.extract_if(.., |(until, ..)| *until <= now).collect::<Vec<_>>()
         {
-            self.on_recall(id, m);
+            self.on_recall(id, m, now);
         }
         if self.current != self.saved && now >= self.saved_at + policy::SAVE_EVERY {
             (self.saved, self.saved_at) = (self.current, now);
@@ -626,11 +632,11 @@ impl Client {
                 self.fetcher.on_break(&m.fids, acked, &mut self.line, now);
                 self.line.effect(Effect::MarkStale { break_id: Some(id), fids: m.fids });
             }
-            Message::Recall(m) if greeted && self.lettings.len() < BREAKS_MAX => {
+            Message::Recall(m) if greeted && self.recalls() < BREAKS_MAX => {
                 let until = self.fetcher.held_until(&m.fids);
                 match until.filter(|until| *until > now) {
                     Some(until) => self.held_back.push((until, id, m)),
-                    None => self.on_recall(id, m),
+                    None => self.on_recall(id, m, now),
                 }
             }
             // by itself: nobody else wants anything
@@ -679,7 +685,10 @@ impl Client {
             (ask @ (Ask::Since | Ask::ReadAll), Message::Changes(m)) => {
                 self.on_changes(ask, m, now);
             }
-            (Ask::ReadAll, Message::Failed(_)) => self.asks_all = false,
+            (Ask::ReadAll, Message::Failed(_)) => {
+                self.asks_all = false;
+                self.recalled.clear();
+            }
             (Ask::Permit { no }, Message::Granted(_)) => {
                 if let Some((fids, tickets)) = self.fetcher.take_permit(no) {
                     fids.iter().for_each(|fid| self.fetcher.note_given(*fid, now));
@@ -751,7 +760,7 @@ impl Client {
             volume_id: m.volume_id,
             volume: m.volume,
         });
-        if !self.shipper.on_welcome(m.acked, &mut self.line, now) {
+        if !self.shipper.on_welcome(m.acked, m.seen, &mut self.line, now) {
             let what = "the server has changes of this cache that the cache itself has lost";
             let what = what.to_owned();
             self.line.effect(Effect::Refused { code: Code::ForeignCache, what });

@@ -1,7 +1,7 @@
 //! Fetching: what callers wait for, as few requests as will do.
 //!
 //! Callers that want the same directory, object or granule share one request. A directory comes
-//! page by page; if it is broken meanwhile it is begun again. A granule comes in pieces of at most
+//! page by page; if it is broken or recalled meanwhile it is begun again. A granule comes in pieces of at most
 //! `RANGE_LEN_MAX`, one after another; `READS_MAX` pieces are under way at one time, those that
 //! somebody waits for before those that are fetched ahead. Requests remember `acked` as it was
 //! when they were sent (`mark`): a newer own change wins over what they bring. Nothing is lost by
@@ -15,7 +15,6 @@ use std::time::Instant;
 use super::client::{Ask, Bytes, Effect, Line, Ticket, Unmet, Want};
 use super::message::*;
 use super::policy;
-use super::rights::Mode;
 use crate::kml::record::{Fid, Seq, Stamp};
 
 /// Most files whose reading is watched for its direction.
@@ -288,8 +287,8 @@ impl Fetcher {
                 if fits {
                     self.note_given(fid, now);
                     let (stamp, size) = (m.object.stamp, m.object.attr.size);
-                    line.effect(Effect::SetModes { fids: vec![fid], mode: m.mode });
-                    line.effect(Effect::SetObject { object: m.object, mark: look.mark });
+                    let (object, mark, mode) = (m.object, look.mark, m.mode);
+                    line.effect(Effect::SetObject { object, mark, mode });
                     // All of it, or it is fetched: what is short would pass for zeros.
                     if let Some(bytes) = m.data.filter(|bytes| bytes.len() as u64 == size) {
                         let granule = Some((0, size));
@@ -314,7 +313,7 @@ impl Fetcher {
         }
     }
 
-    fn on_page(&mut self, dir: Fid, mut page: Page, line: &mut Line, now: Instant) -> bool {
+    fn on_page(&mut self, dir: Fid, page: Page, line: &mut Line, now: Instant) -> bool {
         self.note_given(dir, now);
         let Some(listing) = self.listings.get_mut(&dir) else { return true };
         let mut last = &listing.after;
@@ -332,13 +331,8 @@ impl Fetcher {
             return false;
         }
         let (last, first, more) = (last.clone(), listing.after.is_empty(), page.more);
-        let fids = page.entries.iter().map(|entry| entry.object.fid).chain([dir]).collect();
-        line.effect(Effect::Raise { fids, mode: Mode::Read });
-        line.effect(Effect::SetModes { fids: vec![dir], mode: page.mode });
-        if !page.read_only.is_empty() {
-            let fids = std::mem::take(&mut page.read_only);
-            line.effect(Effect::SetModes { fids, mode: Mode::Read });
-        }
+        // Nothing is trusted before it is merged; the directory is, when all of it is.
+        let mode = page.mode;
         line.effect(Effect::MergePage { dir, first, mark: listing.mark, page });
         listing.request = None;
         if more {
@@ -346,7 +340,7 @@ impl Fetcher {
             listing.ask(dir, line, now);
         } else if let Some(listing) = self.listings.remove(&dir) {
             let (mark, fresh) = (listing.mark, !listing.stale);
-            line.effect(Effect::FinishListing { dir, mark, fresh });
+            line.effect(Effect::FinishListing { dir, mark, fresh, mode });
             line.resolve(listing.tickets, Ok(()));
         }
         true
@@ -451,6 +445,18 @@ impl Fetcher {
             }
             listing.restarts += 1;
             listing.begin(*dir, acked, line, now);
+        }
+    }
+
+    /// These (all, if none is named) are let go: what the server says of them from now on may have
+    /// own changes in it that it did not have before. The two must not be mixed in one listing.
+    pub fn on_recall(&mut self, fids: &[Fid], acked: Seq, line: &mut Line, now: Instant) {
+        match fids {
+            [] => {
+                let all: Vec<Fid> = self.listings.keys().copied().collect();
+                self.on_break(&all, acked, line, now);
+            }
+            _ => self.on_break(fids, acked, line, now),
         }
     }
 

@@ -155,7 +155,19 @@ impl Locker {
             Effect::Lower { fids, .. } | Effect::SetModes { fids, .. } => {
                 fids.iter().for_each(|fid| self.sure.lower(*fid))
             }
+            Effect::MergePage { page, .. } => {
+                page.read_only.iter().for_each(|fid| self.sure.lower(*fid));
+            }
+            Effect::FinishListing { dir: fid, mode, .. } => self.sure_of(*fid, *mode),
+            Effect::SetObject { object, mode, .. } => self.sure_of(object.fid, *mode),
             _ => {}
+        }
+    }
+
+    fn sure_of(&mut self, fid: Fid, mode: Mode) {
+        match mode {
+            Mode::Write => self.sure.raise(fid),
+            _ => self.sure.lower(fid),
         }
     }
 

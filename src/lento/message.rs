@@ -183,6 +183,10 @@ pub struct Welcome {
     /// the volume's name as the server knows it
     #[n(5)]
     pub volume: String,
+    /// the newest record of this incarnation that the server has, durably or not
+    #[n(6)]
+    #[cbor(default)]
+    pub seen: Seq,
 }
 
 /// Why a server turns a client away, or fails a request.

@@ -9,11 +9,14 @@
 //! - a client that is alone, or beside clients that ask for nothing, may change the whole volume;
 //! - a client that asks much may read the whole volume (`Since` with `read_all`).
 //!
+//! Who was told by a batch's `Break` that an object changes, has it until that is answered, like
+//! any other reader; and if it is cut off before, its ghost has it.
+//!
 //! A client that is cut off keeps its rights for its lease, as a *ghost*: counted from when it was
 //! last heard, for by then it knows itself that it is away. Its next connection ends the ghost as
 //! soon as all that it had changed is here, and a farewell at once. A server that starts again has
-//! a ghost of each client that it had. Who does not let go in that
-//! time loses the connection. What it then still ships is certified (replica's matter).
+//! a ghost of each client that it had. Who does not let go in that time loses the connection, though
+//! not its lease. What it then still ships is certified (replica's matter).
 //! Source: the token servers of DFS and Calypso; leases by Gray and Cheriton.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
@@ -29,6 +32,9 @@ use crate::kml::record::{Fid, Seq};
 
 /// Most requests of one client that wait for others; each is one of its kernel's.
 const WAITING_MAX: usize = 4096;
+/// Most objects whose rights are kept apart from a volume's, of one client. Beyond it everything is
+/// recalled: it asks anew for what it uses.
+const APART_MAX: usize = 1 << 16;
 
 /// What one client may do, and since when it wants nothing.
 struct Holder {
@@ -154,8 +160,14 @@ impl Server {
             Mode::None if rights.volume() == Mode::None && volume.promises.holds(conn, fid) => {
                 Mode::Read
             }
+            Mode::None if self.trusts(conn, fid) => Mode::Read,
             mode => mode,
         }
+    }
+    /// Whether a client may trust what it has of anything.
+    fn has_any(&self, no: VolumeNo, conn: ConnId, holder: &Holder) -> bool {
+        let told = self.breaks.range((conn, 0)..=(conn, u64::MAX)).next().is_some();
+        told || !holder.rights.is_none() || self.volumes[no].promises.is_holder(conn)
     }
     fn set_mode(&mut self, no: VolumeNo, conn: ConnId, fid: Fid, mode: Mode) {
         match mode {
@@ -248,7 +260,7 @@ impl Server {
         &mut self,
         no: VolumeNo,
         conn: ConnId,
-        lease: Option<Instant>,
+        lease: Instant,
         now: Instant,
     ) {
         self.lettings.0.retain(|(of, _), _| *of != conn);
@@ -257,10 +269,10 @@ impl Server {
         volume.permits.queue.retain(|waiting| waiting.conn != conn);
         let held = volume.promises.is_holder(conn)
             || volume.permits.rights(conn).is_some_and(|rights| !rights.is_none());
-        match (lease, volume.permits.holders.get_mut(&conn)) {
-            (Some(until), Some(holder)) if held && until > now => {
-                holder.ghost = Some(Ghost { until, upto: None });
-                self.due(until);
+        match volume.permits.holders.get_mut(&conn) {
+            Some(holder) if held && lease > now => {
+                holder.ghost = Some(Ghost { until: lease, upto: None });
+                self.due(lease);
             }
             _ => {
                 volume.permits.holders.remove(&conn);
@@ -297,9 +309,7 @@ impl Server {
         }
         let volume = &self.volumes[no];
         let others = volume.permits.others(conn, node);
-        let free = |conn: &ConnId, holder: &Holder| {
-            holder.rights.is_none() && !volume.promises.is_holder(*conn)
-        };
+        let free = |conn: &ConnId, holder: &Holder| !self.has_any(no, *conn, holder);
         let (alone, written) = others.fold((true, false), |(alone, written), (conn, holder)| {
             (alone && free(conn, holder), written || holder.rights.any_write())
         });
@@ -383,8 +393,8 @@ impl Server {
         &mut self,
         no: VolumeNo,
         conn: ConnId,
-        made: &[(Fid, Fid)],
-        gone: &[Fid],
+        (made, gone): (&[(Fid, Fid)], &[Fid]),
+        now: Instant,
     ) {
         for (dir, fid) in made {
             if self.mode(no, conn, *dir) == Mode::Write {
@@ -401,6 +411,15 @@ impl Server {
                 let whole = holder.rights.volume();
                 holder.rights.set(*fid, whole);
             }
+        }
+        self.bound_apart(no, now);
+    }
+    /// The memory for what a client may do has a bound, whatever it and others do.
+    fn bound_apart(&mut self, no: VolumeNo, now: Instant) {
+        let holders = self.volumes[no].permits.holders.iter();
+        let many = holders.filter(|(_, holder)| holder.rights.apart_count() > APART_MAX);
+        for conn in many.map(|(conn, _)| *conn).collect::<Vec<_>>() {
+            self.recall(no, conn, Vec::new(), Mode::None, now);
         }
     }
 
@@ -532,7 +551,7 @@ impl Server {
                 }
                 Need::ReadAll => out.push((*of, Vec::new(), Mode::Read)),
                 Need::WriteAll => {
-                    if !holder.rights.is_none() || volume.promises.is_holder(*of) {
+                    if self.has_any(no, *of, holder) {
                         out.push((*of, Vec::new(), Mode::None));
                     }
                 }
@@ -557,6 +576,7 @@ impl Server {
                     self.set_mode(no, conn, fid, Mode::Write);
                 }
                 self.answer(conn, id, Granted { volume: Mode::None }.into());
+                self.bound_apart(no, now);
                 // Only who knows all changes may be given all.
                 let rights = self.volumes[no].permits.rights(conn);
                 if rights.is_some_and(|rights| rights.volume() == Mode::Read) {
@@ -570,7 +590,10 @@ impl Server {
             Need::ReadAll => {
                 let volume = &mut self.volumes[no];
                 if let Some(holder) = volume.permits.holders.get_mut(&conn) {
-                    holder.rights.raise_volume(Mode::Read);
+                    // more may have come meanwhile
+                    if holder.rights.volume() < Mode::Write {
+                        holder.rights.raise_volume(Mode::Read);
+                    }
                     volume.promises.give_blanket(conn);
                 }
                 if let Some(request) = request {
@@ -687,7 +710,12 @@ impl Server {
             if letting.until > now {
                 continue;
             }
-            let moved = self.peers.get(conn).map(|peer| peer.moved_at + lease);
+            let moved = self.peers.get(conn).map(|peer| {
+                // What it let go is here, and waits for others: no fault of its own.
+                let here = letting.released.as_ref().is_some_and(|r| r.upto <= peer.expected);
+                let moved_at = if here { now } else { peer.moved_at };
+                moved_at + lease
+            });
             match moved.filter(|until| *until > now) {
                 Some(until) => letting.until = until,
                 None => late.push((*conn, Why::RecallUnanswered)),

@@ -9,7 +9,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::time::Instant;
 
-use crate::kml::record::{Fid, Op, Over, Seq, Stamp};
+use crate::kml::record::{Fid, Seq, Stamp};
 
 use super::faults::{Fault, is_planted};
 use super::intake::{Arrival, Change, Content, Fetch, Key, Piece};
@@ -34,6 +34,8 @@ pub struct Applied {
     pub conflicts: Vec<Fid>,
     /// objects that were changed, as far as the records do not name them
     pub also: Vec<Fid>,
+    /// objects that lost their last name
+    pub gone: Vec<Fid>,
     /// why it ended early
     pub failure: Option<(Code, String)>,
 }
@@ -59,9 +61,7 @@ pub(super) struct Batch {
     fetches: Vec<Fetch>,
     /// objects that its records name
     touched: Vec<Fid>,
-    /// of these, what lost its last name
-    gone: HashSet<Fid>,
-    /// and what was made, with the directory
+    /// and what they make, with the directory
     made: Vec<(Fid, Fid)>,
     stage: Stage,
     /// blankets that were given when it was told of first
@@ -166,7 +166,6 @@ impl Server {
         let mut touched: Vec<Fid> = changes.iter().flat_map(|c| c.record.op.touched()).collect();
         touched.sort_unstable();
         touched.dedup();
-        let gone = changes.iter().filter_map(|change| removed(&change.record.op)).collect();
         let made = changes.iter().filter_map(|change| made(&change.record.op)).collect();
         let fetches = changes.iter().filter_map(|change| Fetch::of(node, change));
         let parked = &mut self.volumes[volume].parked;
@@ -179,7 +178,6 @@ impl Server {
             changes,
             fetches,
             touched,
-            gone,
             made,
             stage: Stage::Fetching,
             blankets: 0,
@@ -387,15 +385,15 @@ impl Server {
             batch.stage = Stage::Settling(no);
             batch.waiting = count;
             batch.applied = Applied { upto: applied.upto.max(batch.after), ..applied };
-            let (gone, made) = (std::mem::take(&mut batch.gone), std::mem::take(&mut batch.made));
-            let (upto, kept) = (batch.applied.upto, batch.applied.conflicts.clone());
-            for fid in touched.into_iter().filter(|fid| !gone.contains(fid)) {
+            let made = std::mem::take(&mut batch.made);
+            let gone = std::mem::take(&mut batch.applied.gone);
+            let upto = batch.applied.upto;
+            let is_gone: HashSet<Fid> = gone.iter().copied().collect();
+            for fid in touched.into_iter().filter(|fid| !is_gone.contains(fid)) {
                 // what it changed, it has in its cache
                 self.promise(volume, conn, fid);
             }
-            // What was to go and was kept, because others had changed it, has not gone.
-            let gone: Vec<Fid> = gone.into_iter().filter(|fid| !kept.contains(fid)).collect();
-            self.on_made(volume, conn, &made, &gone);
+            self.on_made(volume, conn, (&made, &gone), now);
             if let Some(peer) = self.peers.get_mut(&conn) {
                 (peer.moved_at, peer.applied) = (now, peer.applied.max(upto));
                 let node = peer.node;
@@ -526,16 +524,6 @@ impl Server {
     fn author(&self, ticket: Ticket) -> Option<ConnId> {
         let has = |peer: &Peer| peer.batches.iter().any(|batch| batch.ticket == ticket);
         self.peers.iter().find(|(_, peer)| has(peer)).map(|(conn, _)| *conn)
-    }
-}
-
-/// The object that loses its last name.
-fn removed(op: &Op) -> Option<Fid> {
-    match op {
-        Op::Unlink { gone, .. } if gone.attr.nlink <= 1 => Some(gone.fid),
-        Op::Rmdir { gone, .. } => Some(gone.fid),
-        Op::Rename { over: Over::Replaced(gone), .. } if gone.attr.nlink <= 1 => Some(gone.fid),
-        _ => None,
     }
 }
 

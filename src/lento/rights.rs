@@ -72,6 +72,15 @@ impl Rights {
         self.write_count -= usize::from(before == Some(Mode::Write));
         self.write_count += usize::from(mode == Mode::Write && self.volume != Mode::Write);
     }
+    /// These are known now, and may be read at least; of `read_only` no more.
+    pub fn read(&mut self, known: &[Fid], read_only: &[Fid]) {
+        for fid in read_only {
+            self.set(*fid, Mode::None);
+        }
+        for fid in known {
+            self.set(*fid, self.mode(*fid).max(Mode::Read));
+        }
+    }
     /// The promise for an object was broken: what was read by it must be asked for anew.
     pub fn broken(&mut self, fid: Fid) {
         if self.objects.get(&fid) == Some(&Mode::Read) && self.volume == Mode::None {
@@ -89,6 +98,14 @@ impl Rights {
         self.set_volume(mode);
         for fid in written {
             self.set(fid, Mode::Write);
+        }
+    }
+    /// No more than this of everything.
+    pub fn lower_volume(&mut self, mode: Mode) {
+        let apart: Vec<(Fid, Mode)> = self.apart().collect();
+        self.set_volume(self.volume.min(mode));
+        for (fid, before) in apart {
+            self.set(fid, before.min(mode));
         }
     }
     /// Whether anything may be changed.
@@ -195,5 +212,19 @@ mod tests {
         assert!(r.any_write() && r.apart_count() == 1);
         r.set(Fid(7), Mode::Write);
         assert_eq!(r.apart_count(), 0);
+    }
+
+    #[test]
+    fn what_is_lowered_is_never_raised() {
+        let mut r = Rights::default();
+        r.set(Fid(7), Mode::Write);
+        r.lower_volume(Mode::Read);
+        assert_eq!((r.volume(), r.mode(Fid(7))), (Mode::None, Mode::Read));
+        r.set_volume(Mode::Write);
+        r.set(Fid(8), Mode::None);
+        r.lower_volume(Mode::Read);
+        assert_eq!((r.volume(), r.mode(Fid(8)), r.any_write()), (Mode::Read, Mode::None, false));
+        r.lower_volume(Mode::None);
+        assert_eq!(r, Rights::default());
     }
 }

@@ -166,7 +166,7 @@ pub(super) struct Peer {
     pending: Seq,
     pub(super) keeps: bool,
     /// what is kept of it, until it can be told
-    met: Option<Seq>,
+    met: Option<(Seq, Seq)>,
     /// it said that it has locks to claim
     has_locks: bool,
     pub(super) volume: VolumeNo,
@@ -316,11 +316,12 @@ impl Server {
     /// The connection has ended by itself.
     pub fn on_closed(&mut self, conn: ConnId, now: Instant) {
         let lease = self.settings.silence_max;
-        let until = self.peers.get(&conn).map(|peer| lease_end(peer.heard_at, lease));
+        let Some(peer) = self.peers.get(&conn) else { return };
+        let until = lease_end(peer.heard_at, lease);
         self.on_gone(conn, until, now);
     }
     /// `lease`: until then the client may not know it.
-    fn on_gone(&mut self, conn: ConnId, lease: Option<Instant>, now: Instant) {
+    fn on_gone(&mut self, conn: ConnId, lease: Instant, now: Instant) {
         let Some(peer) = self.peers.remove(&conn) else { return };
         let no = peer.volume;
         let volume = &mut self.volumes[peer.volume];
@@ -338,9 +339,12 @@ impl Server {
                 }
             }
         }
-        let waits: Vec<u64> =
-            self.breaks.keys().filter(|(of, _)| *of == conn).map(|(_, id)| *id).collect();
-        for id in waits {
+        let waits = self.breaks.range((conn, 0)..=(conn, u64::MAX));
+        let waits: Vec<(u64, Vec<Fid>)> =
+            waits.map(|((_, id), wait)| (*id, wait.fids.clone())).collect();
+        for (id, fids) in waits {
+            // What it does not know to be old, it trusts until its lease ends.
+            fids.iter().for_each(|fid| self.promise(no, conn, *fid));
             self.on_break_over(conn, id, now);
         }
         if peer.state == State::Live {
@@ -453,11 +457,11 @@ impl Server {
             _ => {}
         }
     }
-    /// The client is `node`, and everything up to `acked` of it is kept durably. It hears so once
-    /// nobody trusts what is older than that any more.
-    pub fn on_met(&mut self, conn: ConnId, node: u32, acked: Seq, now: Instant) {
+    /// The client is `node`; everything up to `acked` of it is kept durably, and up to `seen` in some
+    /// way. It hears so once nobody trusts what is older than that any more.
+    pub fn on_met(&mut self, conn: ConnId, node: u32, (acked, seen): (Seq, Seq), now: Instant) {
         let Some(peer) = self.peers.get_mut(&conn) else { return };
-        (peer.node, peer.met) = (node, Some(acked));
+        (peer.node, peer.met) = (node, Some((acked, seen)));
         let before = self.volumes[peer.volume].nodes.insert(node, conn);
         if let Some(before) = before.filter(|before| *before != conn) {
             self.close(before, Why::Replaced, now);
@@ -477,7 +481,7 @@ impl Server {
         let (pending, has_locks) = (peer.pending, peer.has_locks);
         let volume = &self.volumes[no];
         let unsettled = volume.unsettled.values().any(|(of, _)| *of == node);
-        let Some(acked) = peer.met.take_if(|_| !unsettled) else { return };
+        let Some((acked, seen)) = peer.met.take_if(|_| !unsettled) else { return };
         peer.state = State::Live;
         let silent_at = peer.heard_at + self.settings.silence_max;
         (peer.expected, peer.applied) = (acked, acked);
@@ -488,6 +492,7 @@ impl Server {
             acked,
             stamp: volume.durable,
             volume: volume.name.clone(),
+            seen,
         };
         self.answer(conn, id, welcome.into());
         if has_locks {
@@ -592,6 +597,11 @@ impl Server {
         }
     }
 
+    /// Whether the client has not answered yet that it knows the object to be old.
+    pub(super) fn trusts(&self, conn: ConnId, fid: Fid) -> bool {
+        let of = self.breaks.range((conn, 0)..=(conn, u64::MAX));
+        of.into_iter().any(|(_, wait)| wait.is_about(&[fid]))
+    }
     /// Tells the holders of these objects, and lets the batch wait for their answers, and for those
     /// of holders who were told for another's sake. Returns how many it waits for.
     pub(super) fn send_breaks(
@@ -657,11 +667,8 @@ impl Server {
     pub(super) fn close(&mut self, conn: ConnId, why: Why, now: Instant) {
         let lease = self.settings.silence_max;
         if let Some(peer) = self.peers.get(&conn) {
-            // Who was told, and does not do it, is waited for no longer.
-            let until = match why {
-                Why::RecallUnanswered | Why::BreakUnanswered => None,
-                _ => Some(lease_end(peer.heard_at, lease)),
-            };
+            // Also who was told, and did not do it, does not know yet that it is cut off.
+            let until = lease_end(peer.heard_at, lease);
             self.effects.push_back(Effect::Close { conn, why });
             self.on_gone(conn, until, now);
         }

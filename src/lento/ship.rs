@@ -5,9 +5,13 @@
 //!   --|--- in flight ---|--- to be cut ---|--- ageing ---|
 //! ```
 //!
-//! Batches follow each other without a gap, at most `WINDOW` in flight; what was sent is frozen.
-//! The driver cuts one batch at a time, so that contents are read when they are sent and not
-//! before. After a failure or a new connection everything after `acked` is sent again.
+//! Batches follow each other without a gap, at most `WINDOW` in flight. The driver cuts one batch at
+//! a time, so that contents are read when they are sent and not before. After a failure or a new
+//! connection everything after `acked` is sent again.
+//!
+//! What was sent is frozen: the server may have it, though not durably, and what it has of it is
+//! passed over when it comes again. So nothing newer is optimised together with it: a file that the
+//! server has would stay there if its creation and its removal cancelled each other now.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -52,6 +56,8 @@ pub(super) struct Shipper {
     acked: Seq,
     sent: Seq,
     target: Seq,
+    /// the server may have all up to here
+    frozen: Seq,
     /// somebody else needs all up to here, settled or not
     recalled: Seq,
     settled: Seq,
@@ -75,6 +81,7 @@ impl Shipper {
             acked,
             sent: acked,
             target: acked,
+            frozen: acked,
             recalled: Seq(0),
             settled: acked,
             ageing_since: None,
@@ -159,7 +166,9 @@ impl Shipper {
         let may = !self.cutting && self.rest_until.is_none();
         if may && self.sent < self.target && self.in_flight.len() < policy::WINDOW {
             self.cutting = true;
-            line.effect(Effect::CutBatch { after: self.sent, upto: self.target });
+            let is_frozen = self.sent < self.frozen;
+            let upto = if is_frozen { self.target.min(self.frozen) } else { self.target };
+            line.effect(Effect::CutBatch { after: self.sent, upto });
         }
     }
 
@@ -179,7 +188,7 @@ impl Shipper {
         let upto = batch.upto;
         let id = line.ask(Ask::Batch, None, batch.into());
         self.in_flight.push_back(InFlight { id, upto, len });
-        self.sent = upto;
+        (self.sent, self.frozen) = (upto, self.frozen.max(upto));
         self.fill(line, now);
     }
 
@@ -217,11 +226,13 @@ impl Shipper {
         self.restart(line);
     }
 
-    /// A new connection: the server says what it has. False when that is more than the journal.
-    pub fn on_welcome(&mut self, theirs: Seq, line: &mut Line, now: Instant) -> bool {
-        if theirs > self.settled {
+    /// A new connection: the server says what it keeps, and what it has `seen`. False when that is
+    /// more than the journal.
+    pub fn on_welcome(&mut self, theirs: Seq, seen: Seq, line: &mut Line, now: Instant) -> bool {
+        if theirs.max(seen) > self.settled {
             return false;
         }
+        self.frozen = self.frozen.max(seen);
         self.in_flight.clear();
         self.rest_until = None;
         self.moved_at = now;

@@ -151,7 +151,8 @@ pub fn apply(volume: &mut Volume, node: u32, upto: Seq, changes: &[Change]) -> r
         (failed.code, failed.what)
     });
     let (stamps, conflicts, also) = (applied.stamps, applied.conflicts, applied.also);
-    reint::Applied { upto: applied.upto, stamps, conflicts, also, failure }
+    let gone = applied.gone;
+    reint::Applied { upto: applied.upto, stamps, conflicts, also, gone, failure }
 }
 
 fn incoming(change: &Change) -> Incoming<'_> {

@@ -414,7 +414,10 @@ impl Server {
                 }
                 Effect::Meet { conn, volume, hello } => {
                     match self.volumes[volume].meet(hello.incarnation, hello.node, &hello.host) {
-                        Ok((node, acked)) => self.machine.on_met(conn, node, acked, now),
+                        Ok((node, acked)) => {
+                            let seen = self.volumes[volume].newest_of(node);
+                            self.machine.on_met(conn, node, (acked, seen.max(acked)), now);
+                        }
                         Err(e) => {
                             let failed = answer::failure(&e);
                             self.machine.on_unmet(conn, failed.code, failed.what, now);

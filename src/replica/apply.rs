@@ -54,6 +54,8 @@ pub struct Applied {
     pub conflicts: Vec<Fid>,
     /// objects that changed although the client's records do not name them
     pub also: Vec<Fid>,
+    /// objects that lost their last name: nobody will see them again
+    pub gone: Vec<Fid>,
     /// why the rest was not applied
     pub failure: Option<VolumeError>,
 }
@@ -218,9 +220,12 @@ impl Volume {
         match done {
             Ok(stamp) => {
                 self.nodes.note(record.origin.node, record.origin.seq, true);
-                let is_there =
-                    |fid: &Fid| *fid == ROOT || self.tree.names(*fid).is_ok_and(|n| !n.is_empty());
-                out.stamps.extend(record.op.touched().filter(is_there).map(|fid| (fid, stamp)));
+                for fid in record.op.touched() {
+                    match fid == ROOT || self.tree.names(fid).is_ok_and(|n| !n.is_empty()) {
+                        true => out.stamps.push((fid, stamp)),
+                        false => out.gone.push(fid),
+                    }
+                }
                 Ok(())
             }
             Err(VolumeError::Os(e)) if is_final(e) => {

@@ -27,6 +27,15 @@ pub struct Listing {
     kept: bool,
     /// the pages name only what has changed
     partial: bool,
+    /// objects that are here now as the pages had them
+    merged: Vec<Fid>,
+}
+
+impl Listing {
+    /// The objects that are here as the newest pages had them; told once.
+    pub fn take_merged(&mut self) -> Vec<Fid> {
+        std::mem::take(&mut self.merged)
+    }
 }
 
 /// One page of a listing.
@@ -221,28 +230,30 @@ fn merge_entry(
     if cache.pending().name(dir.fid, name) > mark {
         return Ok(());
     }
-    untouched(dir, || put_entry(cache, listing, (dir, name), object, found, mark, notices))
+    match untouched(dir, || put_entry(cache, (dir, name), object, found, mark, notices))? {
+        true => listing.merged.push(object.fid),
+        false => listing.kept = true,
+    }
+    Ok(())
 }
 
-/// Makes the entry what the server has, under the locks of all that it needs.
+/// Makes the entry what the server has, under the locks of all that it needs. False: not now.
 fn put_entry(
     cache: &Cache,
-    listing: &mut Listing,
     (dir, name): (&Arc<Dir>, &Name),
     object: &Remote,
     found: Found,
     mark: Seq,
     notices: &mut Vec<Notice>,
-) -> Result<()> {
+) -> Result<bool> {
     let kind = Kind::of(object.attr.mode);
     if let Some((stat, meta)) = &found.here {
         let same = meta.as_ref().filter(|m| m.fid == object.fid && stat.kind() == kind);
         if let Some(meta) = same {
-            return hydrate::update(cache, dir, name, meta.clone(), object, mark);
+            return hydrate::update(cache, dir, name, meta.clone(), object, mark).map(|()| true);
         }
         if !retire(cache, dir, name, stat, meta.as_ref(), mark)? {
-            listing.kept = true;
-            return Ok(());
+            return Ok(false);
         }
     }
     // The name stood for something else, or was known to be free.
@@ -254,17 +265,16 @@ fn put_entry(
         let is_link = kind != Kind::Dir && object.attr.nlink > 1 && from.fid != LIMBO;
         let ours = !is_link && cache.pending().name(from.fid, old) > mark;
         if ours || !bring(cache, dir, name, (from, old), object, is_link)? {
-            listing.kept = true;
-            return Ok(());
+            return Ok(false);
         }
         notices.push(Notice::Entry { dir: from.fid, name: old.clone() });
     } else {
-        return make_stub(cache, dir, name, object, mark);
+        return make_stub(cache, dir, name, object, mark).map(|()| true);
     }
-    match cache.tree.meta(dir, name)? {
-        Some(meta) => hydrate::update(cache, dir, name, meta, object, mark),
-        None => Ok(()),
+    if let Some(meta) = cache.tree.meta(dir, name)? {
+        hydrate::update(cache, dir, name, meta, object, mark)?;
     }
+    Ok(true)
 }
 
 /// Gives the object that stands at `old` the name that the server has for it. False: it cannot
@@ -319,12 +329,14 @@ fn retire(
         }
         return Ok(true);
     };
-    if is_needed(cache, meta.fid, stat.kind(), mark) {
+    // One of several names takes nothing with it.
+    let is_last = stat.nlink <= 1 || stat.kind() == Kind::Dir;
+    if is_last && is_needed(cache, meta.fid, stat.kind(), mark) {
         return Ok(false);
     }
     let is_written = cache.written(meta.fid).is_some();
     let has_data = stat.kind() == Kind::File && (stat.blocks > 0 || is_written);
-    if stat.nlink > 1 && stat.kind() != Kind::Dir {
+    if !is_last {
         fs::unlink(dir, raw)?;
     } else if has_data || stat.kind() == Kind::Dir {
         cache.retire(dir, name, meta.fid)?;

@@ -289,6 +289,10 @@ impl Volume {
     pub fn meet(&mut self, incarnation: [u8; 16], claimed: u32, host: &str) -> Result<(u32, Seq)> {
         Ok(self.nodes.meet(u128::from_be_bytes(incarnation), claimed, host)?)
     }
+    /// The newest record of the client that the journal names, durably or not.
+    pub fn newest_of(&self, node: u32) -> Seq {
+        self.nodes.seen(node).max(self.nodes.last(node))
+    }
     /// Begins a sync of everything that was applied so far; [`Volume::synced`] ends it.
     pub fn sync_job(&mut self) -> SyncJob {
         self.syncing = self.nodes.marks();

@@ -83,6 +83,8 @@ pub struct Cache {
     pub now_ns: u64,
     /// what is here is taken as it is
     pub as_is: bool,
+    /// blocks that own later writes wrote over, by what they had in them
+    pub over: BTreeSet<u64>,
 }
 
 fn is_dir(object: &Object) -> bool {
@@ -112,6 +114,7 @@ impl Cache {
             durable,
             now_ns: 0,
             as_is: false,
+            over: BTreeSet::new(),
         }
     }
     pub fn new_meta(&mut self) -> Meta {
@@ -199,6 +202,10 @@ impl Cache {
         let Some(writer) = self.writers.get_mut(&fid).filter(|writer| !writer.gone) else { return };
         let Some(file) = self.tree.edit(fid) else { return };
         let old_size = file.attr.size;
+        let old = file.data.get(at as usize..at as usize + bytes.len());
+        if let Some(block) = old.and_then(|old| old.try_into().ok()) {
+            self.over.insert(u64::from_le_bytes(block));
+        }
         file.write(at, bytes);
         file.attr.mtime = now;
         if !writer.unsaved {
@@ -299,21 +306,35 @@ impl Cache {
     }
 
     pub fn merge_page(&mut self, listing: &mut Listing, dir: Fid, page: Page, mark: Seq) -> bool {
-        if self.tree.get(dir).is_none() {
-            return false;
+        let mut merged = Vec::new();
+        let done = self.tree.get(dir).is_some();
+        let read_only = page.read_only.clone();
+        if done {
+            self.merge_entries(listing, dir, page, mark, &mut merged);
         }
+        self.rights.read(&merged, &read_only);
+        done
+    }
+    fn merge_entries(
+        &mut self,
+        listing: &mut Listing,
+        dir: Fid,
+        page: Page,
+        mark: Seq,
+        merged: &mut Vec<Fid>,
+    ) {
         for entry in page.entries {
             let Ok(name) = Name::new(&entry.name) else { continue };
             listing.seen.insert(name.clone());
             if entry.object.fid == dir || self.pending.name(dir, &name) > mark {
                 continue;
             }
-            if !self.put_entry(dir, &name, &entry.object, mark) {
-                listing.kept = true;
+            match self.put_entry(dir, &name, &entry.object, mark) {
+                true => merged.push(entry.object.fid),
+                false => listing.kept = true,
             }
         }
         listing.dir = Some(page.dir);
-        true
     }
     /// False when it cannot be made what the server has.
     fn put_entry(&mut self, dir: Fid, name: &Name, object: &Object, mark: Seq) -> bool {
@@ -358,7 +379,9 @@ impl Cache {
     /// Takes away what the server does not have under this name; false: not now.
     fn retire(&mut self, dir: Fid, name: &Name, mark: Seq) -> bool {
         let Some(fid) = self.tree.at(dir, name) else { return true };
-        if self.is_needed(fid, mark) {
+        // one of several names takes nothing with it
+        let is_last = self.tree.get(fid).is_none_or(|node| node.names.len() <= 1);
+        if is_last && self.is_needed(fid, mark) {
             return false;
         }
         self.tree.unname(dir, name);

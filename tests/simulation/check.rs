@@ -170,6 +170,7 @@ impl World {
         for client in &self.clients {
             let lost = client.written.iter().find(|written| {
                 !there.contains(&written.token)
+                    && !client.cache.over.contains(&written.token)
                     && !is_over(client, written.fid, written.at, written.seq)
             });
             if let Some(written) = lost {

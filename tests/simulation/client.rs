@@ -1,6 +1,6 @@
 //! A client node: the real machine, driven as net's client drives it, over the model cache.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use imz::kml::codec;
@@ -61,6 +61,10 @@ pub struct Client {
     pub written: Vec<Written>,
     /// records that were sent: each must come to something at the server
     pub sent: BTreeMap<Seq, String>,
+    /// up to here, what is to come to something was decided when it was sent first: what the
+    /// optimiser left out then may be sent now, and passed over
+    covered: Seq,
+    first: BTreeSet<Seq>,
     /// since when it is online without a break, and the server thinks so as well
     pub healthy_since: Option<Micros>,
 }
@@ -88,6 +92,8 @@ impl Client {
             tokens: 0,
             written: Vec::new(),
             sent: BTreeMap::new(),
+            covered: Seq(0),
+            first: BTreeSet::new(),
             healthy_since: None,
         }
     }
@@ -126,6 +132,8 @@ impl Client {
         if power {
             let (contents, first) = self.cache.power_cut(&mut ctx.rng);
             self.written.retain(|w| w.seq < first && !contents.contains(&w.seq));
+            self.covered = self.covered.min(self.cache.last());
+            self.first.retain(|seq| *seq < first);
             ctx.tell(|| format!("c{}: records from {} on are lost", self.no, first.0));
         } else {
             self.cache.restart();
@@ -385,18 +393,25 @@ impl Client {
                     self.listings.remove(&dir);
                     self.failed.remove(&dir);
                 }
+                ctx.rights_changed = true;
                 let listing = self.listings.entry(dir).or_default();
                 if !self.cache.merge_page(listing, dir, page, mark) {
                     self.failed.insert(dir, Errno::STALE);
                 }
             }
-            Effect::FinishListing { dir, mark, fresh } => {
+            Effect::FinishListing { dir, mark, fresh, mode } => {
                 let listing = self.listings.remove(&dir).unwrap_or_default();
                 if !self.failed.contains_key(&dir) {
                     self.cache.finish_listing(listing, dir, mark, fresh);
+                    self.cache.rights.set(dir, mode);
                 }
+                ctx.rights_changed = true;
             }
-            Effect::SetObject { object, mark } => self.cache.set_object(&object, mark),
+            Effect::SetObject { object, mark, mode } => {
+                self.cache.set_object(&object, mark);
+                self.cache.rights.set(object.fid, mode);
+                ctx.rights_changed = true;
+            }
             Effect::WriteRange { fid, stamp, at, bytes, granule } => {
                 self.cache.write_range(fid, stamp, at, &bytes, granule);
             }
@@ -472,7 +487,7 @@ impl Client {
     fn lower(&mut self, recall_id: u64, fids: &[Fid], mode: Mode, ctx: &mut Ctx) {
         let rights = &mut self.cache.rights;
         match fids {
-            [] => rights.set_volume(mode),
+            [] => rights.lower_volume(mode),
             _ => fids.iter().for_each(|fid| rights.set(*fid, rights.mode(*fid).min(mode))),
         }
         self.look(ctx);
@@ -559,7 +574,12 @@ impl Client {
         let mut items = Vec::new();
         while items.len() < ctx.setup.batch_count_max {
             let Some((seq, record)) = cutter.ready.pop_front() else { break };
-            self.sent.insert(seq, format!("{:?}", record.op));
+            if seq > self.covered {
+                self.first.insert(seq);
+            }
+            if self.first.contains(&seq) {
+                self.sent.insert(seq, format!("{:?}", record.op));
+            }
             let data = content(&mut self.cache, &record, ctx.setup.inline_len_max);
             let wire = codec::encode_wire(&record, seq);
             items.push(Item { record: wire.expect("it fits"), data });
@@ -568,6 +588,7 @@ impl Client {
             Some((next, _)) => Seq(next.0 - 1),
             None => cutter.read,
         };
+        self.covered = self.covered.max(cutter.cut);
         Some(Batch { after, upto: cutter.cut, items })
     }
 

@@ -176,7 +176,8 @@ impl Server {
                     let node = self.volume.meet(hello.incarnation);
                     // who is told is found by the connection
                     self.live.insert(conn.0 as usize, node);
-                    machine.on_met(conn, node, self.durable.last(node), now);
+                    let kept = (self.durable.last(node), self.volume.newest_of(node));
+                    machine.on_met(conn, node, kept, now);
                 }
                 Effect::Ask { conn, id, node, request, .. } => {
                     let pages = ctx.setup.page_count;

@@ -138,6 +138,9 @@ impl Volume {
     pub fn last(&self, node: u32) -> Seq {
         self.nodes.get(&node).map(|n| n.last).unwrap_or_default()
     }
+    pub fn newest_of(&self, node: u32) -> Seq {
+        self.nodes.get(&node).map(|n| n.last.max(n.seen)).unwrap_or_default()
+    }
     /// How far each node is: what a sync that begins now makes durable.
     pub fn marks(&self) -> BTreeMap<u32, Seq> {
         self.nodes.iter().map(|(node, state)| (*node, state.last)).collect()
@@ -383,8 +386,12 @@ impl Volume {
         }
         self.outcomes.insert((node, seq), Outcome::Done);
         self.note(node, seq, true);
-        let there = |fid: &Fid| self.is_there(*fid);
-        out.stamps.extend(record.op.touched().filter(there).map(|fid| (fid, stamp)));
+        for fid in record.op.touched() {
+            match self.is_there(fid) {
+                true => out.stamps.push((fid, stamp)),
+                false => out.gone.push(fid),
+            }
+        }
         watch.history.applied(&record, stamp, &self.tree);
     }
     fn is_there(&self, fid: Fid) -> bool {

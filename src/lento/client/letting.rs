@@ -23,14 +23,21 @@ pub(super) struct Letting {
 }
 
 impl Client {
-    pub(super) fn on_recall(&mut self, id: u64, m: Recall) {
-        if self.state == State::CatchingUp {
+    /// How many are remembered, for one reason or another.
+    pub(super) fn recalls(&self) -> usize {
+        self.lettings.len() + self.held_back.len() + self.recalled.len()
+    }
+
+    pub(super) fn on_recall(&mut self, id: u64, m: Recall, now: Instant) {
+        if self.state == State::CatchingUp || self.asks_all {
             self.recalled.push(m.clone());
         }
         self.lettings.push(Letting { id, target: None, kept: Vec::new(), told: false });
         if m.fids.is_empty() {
-            self.volume = m.mode;
+            self.volume = self.volume.min(m.mode);
         }
+        let acked = self.acked();
+        self.fetcher.on_recall(&m.fids, acked, &mut self.line, now);
         self.locker.on_recall(&m.fids, &mut self.line);
         self.line.effect(Effect::Lower { recall_id: id, fids: m.fids, mode: m.mode });
     }

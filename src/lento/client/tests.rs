@@ -108,6 +108,9 @@ impl Rig {
     }
     /// Answers `Hello` and `Since`.
     fn welcome(&mut self, acked: u64) {
+        self.welcome_with(acked, Mode::Read);
+    }
+    fn welcome_with(&mut self, acked: u64, mode: Mode) {
         let hello = self.sent().pop().unwrap();
         assert!(matches!(hello.1, Message::Hello(_)), "{hello:?}");
         let volume = "v".into();
@@ -115,17 +118,12 @@ impl Rig {
         let acked = Seq(acked);
         self.answer(
             hello.0,
-            Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume },
+            Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen: acked },
         );
         let since = self.sent().pop().unwrap();
         assert_eq!(since.1, Since { stamp: self.client.current(), read_all: false }.into());
-        let changes = Changes {
-            fids: vec![A],
-            upto: Stamp(50),
-            more: false,
-            lost: false,
-            volume: Mode::Read,
-        };
+        let changes =
+            Changes { fids: vec![A], upto: Stamp(50), more: false, lost: false, volume: mode };
         self.answer(since.0, changes);
         assert!(self.client.is_online());
     }
@@ -152,7 +150,10 @@ fn catches_up_before_it_is_online() {
     let hello = rig.sent().pop().unwrap();
     let (volume_id, volume) = ([2; 16], "v".to_owned());
     let (stamp, acked) = (Stamp(60), Seq(0));
-    rig.answer(hello.0, Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume });
+    rig.answer(
+        hello.0,
+        Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen: acked },
+    );
     let since = rig.sent().pop().unwrap();
     rig.answer(
         since.0,
@@ -183,7 +184,10 @@ fn a_server_that_is_not_ours_is_refused() {
         rig.connect();
         let hello = rig.sent().pop().unwrap();
         let (stamp, acked, volume) = (Stamp(60), Seq(acked), "v".into());
-        rig.answer(hello.0, Welcome { version, volume_id, node, acked, stamp, volume });
+        rig.answer(
+            hello.0,
+            Welcome { version, volume_id, node, acked, stamp, volume, seen: acked },
+        );
         let effects = rig.effects();
         assert!(
             effects.iter().any(|e| matches!(e, Effect::Refused { code: c, .. } if *c == code)),
@@ -334,7 +338,10 @@ fn a_listing_goes_on_where_the_page_ended() {
     rig.answer(second.0, page(A, &["c"], false));
     let effects = rig.effects();
     assert!(matches!(effects[0], Effect::MergePage { first: false, .. }));
-    assert_eq!(effects[1], Effect::FinishListing { dir: A, mark: Seq(0), fresh: true });
+    assert_eq!(
+        effects[1],
+        Effect::FinishListing { dir: A, mark: Seq(0), fresh: true, mode: Mode::Read }
+    );
     assert_eq!(effects[2], Effect::Resolve { ticket: 1, how: Ok(()) });
 }
 
@@ -375,7 +382,10 @@ fn a_directory_broken_in_the_middle_is_listed_again_three_times() {
     assert_eq!(rig.sent(), [], "not a fourth time");
     rig.answer(request.0, page(A, &["a"], false));
     let effects = rig.effects();
-    assert_eq!(effects[1], Effect::FinishListing { dir: A, mark: Seq(0), fresh: false });
+    assert_eq!(
+        effects[1],
+        Effect::FinishListing { dir: A, mark: Seq(0), fresh: false, mode: Mode::Read }
+    );
     assert_eq!(Rig::resolved(&effects), [(1, Ok(()))]);
 }
 
@@ -567,7 +577,10 @@ fn after_a_reconnect_it_sends_what_the_server_does_not_have() {
     let hello = rig.sent().pop().unwrap();
     let (stamp, volume_id) = (Stamp(50), [2; 16]);
     let (acked, volume) = (Seq(10), "v".into());
-    rig.answer(hello.0, Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume });
+    rig.answer(
+        hello.0,
+        Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen: acked },
+    );
     let effects = rig.effects();
     let acked = Effect::Acked { upto: Seq(10), stamps: vec![], conflicts: vec![] };
     assert!(effects.contains(&acked) && effects.contains(&Effect::RestartShipping));
@@ -578,6 +591,36 @@ fn after_a_reconnect_it_sends_what_the_server_does_not_have() {
     );
     let effects = rig.effects();
     assert_eq!(effects.last(), Some(&Effect::CutBatch { after: Seq(10), upto: Seq(30) }));
+}
+
+// Found by the simulation: story (b) of its second version. Records 1 to 10 were sent and may be in
+// the server's tree; 12 is the newest that the server has seen from a life before this one.
+#[test]
+fn what_the_server_may_have_is_not_optimised_with_what_is_new() {
+    for (seen, first) in [(Seq(0), 10), (Seq(12), 12)] {
+        let mut rig = Rig::online(0, 30);
+        rig.effects();
+        rig.client.on_ship_now(rig.now);
+        rig.client.on_batch_cut(batch(0, 10), 0, rig.now);
+        rig.client.on_closed(rig.now);
+        rig.effects();
+        rig.pass(200);
+        rig.client.on_connected(rig.now);
+        let hello = rig.sent().pop().unwrap();
+        let (stamp, volume_id, volume) = (Stamp(50), [2; 16], "v".into());
+        let acked = Seq(0);
+        rig.answer(
+            hello.0,
+            Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen },
+        );
+        let since = rig.sent().pop().unwrap();
+        let (upto, volume) = (Stamp(50), Mode::Read);
+        rig.answer(since.0, Changes { fids: vec![], upto, more: false, lost: false, volume });
+        let cut = |after, upto| Effect::CutBatch { after: Seq(after), upto: Seq(upto) };
+        assert_eq!(rig.effects().last(), Some(&cut(0, first)));
+        rig.client.on_batch_cut(batch(0, first), 0, rig.now);
+        assert_eq!(rig.effects().last(), Some(&cut(first, 30)));
+    }
 }
 
 #[test]
@@ -594,7 +637,7 @@ fn a_gap_begins_a_new_connection_and_a_failure_a_rest() {
     rig.pass(999);
     assert_eq!(rig.effects(), [], "it rests");
     rig.pass(1);
-    assert_eq!(rig.effects(), [Effect::CutBatch { after: Seq(0), upto: Seq(30) }]);
+    assert_eq!(rig.effects(), [Effect::CutBatch { after: Seq(0), upto: Seq(10) }]);
     rig.client.on_batch_cut(batch(0, 10), 0, rig.now);
     let sent = rig.sent();
     rig.answer(sent[0].0, Failed { code: Code::Gap, what: String::new() });
@@ -624,7 +667,10 @@ fn a_server_from_an_older_backup_gets_what_is_left() {
     let hello = rig.sent().pop().unwrap();
     let (stamp, volume_id) = (Stamp(50), [2; 16]);
     let (acked, volume) = (Seq(12), "v".into());
-    rig.answer(hello.0, Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume });
+    rig.answer(
+        hello.0,
+        Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen: acked },
+    );
     let effects = rig.effects();
     assert!(effects.contains(&Effect::ServerBehind { theirs: Seq(12), ours: Seq(20) }));
     let Some(Effect::Send { id, .. }) = effects.last() else { panic!("{effects:?}") };
@@ -734,7 +780,10 @@ fn what_is_recalled_while_catching_up_does_not_come_with_the_volume() {
     let hello = rig.sent().pop().unwrap();
     let (volume_id, volume) = ([2; 16], "v".to_owned());
     let (stamp, acked) = (Stamp(60), Seq(0));
-    rig.answer(hello.0, Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume });
+    rig.answer(
+        hello.0,
+        Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen: acked },
+    );
     let since = rig.sent().pop().unwrap();
     rig.client.on_message(7, false, Recall { fids: vec![A], mode: Mode::Read }.into(), rig.now);
     let (upto, volume) = (Stamp(60), Mode::Write);
@@ -743,6 +792,27 @@ fn what_is_recalled_while_catching_up_does_not_come_with_the_volume() {
     let at = |wanted: &Effect| effects.iter().position(|effect| effect == wanted).unwrap();
     let given = at(&Effect::SetVolume { mode: Mode::Write, raise: false });
     assert!(given < at(&Effect::SetModes { fids: vec![A], mode: Mode::None }));
+}
+
+// Found by the simulation: seed 91.
+#[test]
+fn what_is_recalled_while_all_is_asked_for_does_not_come_with_it() {
+    let mut rig = Rig::new(0, 0);
+    rig.connect();
+    rig.welcome_with(0, Mode::None);
+    for fid in 0..policy::ASKS_MAX as u64 {
+        rig.client.on_want(Want::Object { fid: Fid(100 + fid), have: Stamp(0) }, fid, rig.now);
+    }
+    let sent = rig.sent();
+    let all = sent.iter().find(|(_, message)| matches!(message, Message::Since(_))).unwrap();
+    rig.client.on_message(7, false, Recall { fids: vec![], mode: Mode::None }.into(), rig.now);
+    let (upto, volume) = (Stamp(60), Mode::Read);
+    rig.answer(all.0, Changes { fids: vec![], upto, more: false, lost: false, volume });
+    let given = rig.all_effects().into_iter().find_map(|effect| match effect {
+        Effect::SetVolume { mode, .. } => Some(mode),
+        _ => None,
+    });
+    assert_eq!(given, Some(Mode::None));
 }
 
 /// What the server says by itself does not prove that it hears us: a lease is not renewed by it.

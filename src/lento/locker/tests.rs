@@ -182,7 +182,7 @@ impl Rig {
                 }
             }
             server::Effect::Meet { conn, hello, .. } => {
-                self.server.on_met(conn, hello.node, Seq(0), self.now);
+                self.server.on_met(conn, hello.node, (Seq(0), Seq(0)), self.now);
             }
             server::Effect::Ask { conn, id, request, .. } => {
                 let (upto, volume) = (Stamp(100), Mode::None);

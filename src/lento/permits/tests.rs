@@ -1,6 +1,8 @@
 //! The server's permits, driven message by message.
 
 use super::super::message::*;
+use super::super::promises::Round;
+use super::super::reint::Ticket;
 use super::super::server::Settings;
 use super::*;
 use crate::kml::record::{Attr, Stamp};
@@ -48,7 +50,7 @@ impl Rig {
             locks: false,
         };
         self.say(conn, hello);
-        self.server.on_met(conn, node, Seq(0), self.now);
+        self.server.on_met(conn, node, (Seq(0), Seq(0)), self.now);
         self.say(conn, Since { stamp: Stamp(100), read_all: false });
     }
     fn say(&mut self, conn: ConnId, message: impl Into<Message>) -> u64 {
@@ -276,7 +278,7 @@ fn what_one_makes_is_not_anothers_by_a_right_to_all() {
     let recall = rig.recalls(A)[0].0;
     rig.release(A, recall, vec![]);
     assert!(rig.answered(id));
-    rig.server.on_made(0, B, &[(D, F)], &[]);
+    rig.server.on_made(0, B, (&[(D, F)], &[]), rig.now);
     assert_eq!((rig.mode(A, F), rig.mode(B, F)), (Mode::None, Mode::Write));
     // and A learns it with the name
     rig.say(A, List { dir: D, after: vec![], have: Stamp(0) });
@@ -288,6 +290,69 @@ fn what_one_makes_is_not_anothers_by_a_right_to_all() {
     });
     assert_eq!(page, Some(vec![D, F].into_iter().filter(|fid| *fid == F).collect()));
     assert_eq!(rig.mode(A, F), Mode::Read);
+}
+
+#[test]
+fn what_a_client_has_apart_from_the_volume_is_bounded() {
+    let mut rig = Rig::with(&[A, B]);
+    let id = rig.ask(B, D);
+    let recall = rig.recalls(A)[0].0;
+    rig.release(A, recall, vec![]);
+    assert!(rig.answered(id));
+    let made: Vec<(Fid, Fid)> = (0..APART_MAX as u64).map(|nth| (D, Fid(100 + nth))).collect();
+    rig.server.on_made(0, B, (&made[1..], &[]), rig.now);
+    rig.turn();
+    assert!(rig.recalls(A).is_empty(), "D, and one less than may be");
+    rig.server.on_made(0, B, (&made[..1], &[]), rig.now);
+    rig.turn();
+    let recalls = rig.recalls(A);
+    assert_eq!((recalls.len(), &recalls[0].1[..], recalls[0].2), (1, &[][..], Mode::None));
+    rig.release(A, recalls[0].0, vec![]);
+    assert_eq!(rig.server.volumes[0].permits.rights(A).map(Rights::apart_count), Some(0));
+}
+
+// Found by the simulation: story (a) of its second version.
+#[test]
+fn who_has_not_answered_a_break_has_the_object_still() {
+    for answers in [true, false] {
+        let mut rig = Rig::with(&[C, A, B]);
+        rig.say(C, Released { kept: vec![], upto: Seq(0) });
+        rig.stat(A, F);
+        rig.stat(B, F);
+        let recall = rig.recalls(A).pop().unwrap();
+        rig.release(A, recall.0, vec![F]);
+        assert_eq!((rig.mode(A, F), rig.mode(B, F)), (Mode::Read, Mode::Read));
+        let told = rig.server.send_breaks((C, Ticket(9)), 0, &[F], Round::Before, rig.now);
+        rig.turn();
+        let (of_b, _) = rig.breaks(B).pop().unwrap();
+        rig.reply(B, of_b, Pong { stamp: Stamp(0) });
+        let (first, _) = rig.breaks(A).pop().unwrap();
+        assert_eq!((told, rig.mode(A, F)), (2, Mode::Read));
+        let id = rig.ask(B, F);
+        assert!(!rig.answered(id), "A may be reading it at this moment");
+        if answers {
+            rig.reply(A, first, Pong { stamp: Stamp(0) });
+            let (again, _) = rig.breaks(A).pop().unwrap();
+            rig.reply(A, again, Pong { stamp: Stamp(0) });
+        } else {
+            rig.server.on_closed(A, rig.now);
+            rig.turn();
+            assert!(!rig.answered(id), "and does not know that it is cut off");
+            rig.pass(LEASE, &[B, C]);
+        }
+        assert!(rig.answered(id));
+        assert_eq!(rig.mode(B, F), Mode::Write);
+    }
+}
+
+// Found by the simulation: seed 241.
+#[test]
+fn who_asks_to_read_all_keeps_all_that_it_was_given_meanwhile() {
+    let mut rig = Rig::with(&[A]);
+    assert_eq!(rig.mode(A, F), Mode::Write);
+    let id = rig.say(A, Since { stamp: Stamp(100), read_all: true });
+    assert!(rig.answered(id));
+    assert_eq!(rig.mode(A, F), Mode::Write);
 }
 
 #[test]
@@ -327,7 +392,9 @@ fn who_is_there_and_does_not_let_go_is_dropped() {
     let id = rig.stat(B, F);
     rig.pass(LEASE, &[A, B]);
     assert_eq!(rig.closed, [A]);
-    assert!(rig.answered(id), "and waited for no longer");
+    assert!(!rig.answered(id), "it may not have heard of that yet");
+    rig.pass(LEASE, &[B]);
+    assert!(rig.answered(id), "and is waited for no longer");
 }
 
 #[test]

@@ -46,7 +46,7 @@ fn two() -> Rig {
     for (conn, node) in [(A, 1), (B, 2)] {
         rig.server.on_connect(conn, rig.now);
         rig.say(conn, 1, hello("v").into());
-        rig.server.on_met(conn, node, Seq(0), rig.now);
+        rig.server.on_met(conn, node, (Seq(0), Seq(0)), rig.now);
     }
     rig.take();
     rig
@@ -167,7 +167,7 @@ fn hello_is_answered_by_welcome() {
     rig.server.on_connect(A, rig.now);
     rig.say(A, 5, hello("").into());
     assert!(matches!(&rig.take()[..], [Effect::Meet { conn: A, volume: 0, .. }]));
-    rig.server.on_met(A, 9, Seq(3), rig.now);
+    rig.server.on_met(A, 9, (Seq(3), Seq(3)), rig.now);
     let want = Welcome {
         version: VERSION,
         volume_id: [7; 16],
@@ -175,6 +175,7 @@ fn hello_is_answered_by_welcome() {
         acked: Seq(3),
         stamp: Stamp(100),
         volume: "v".into(),
+        seen: Seq(3),
     };
     let message = want.into();
     let want = Effect::Send { conn: A, background: false, id: 5, answer: true, message };
@@ -309,7 +310,7 @@ fn a_newer_connection_of_the_same_node_replaces_the_old_one() {
     let mut rig = two();
     rig.server.on_connect(ConnId(3), rig.now);
     rig.say(ConnId(3), 1, hello("v").into());
-    rig.server.on_met(ConnId(3), 1, Seq(0), rig.now);
+    rig.server.on_met(ConnId(3), 1, (Seq(0), Seq(0)), rig.now);
     assert_eq!(closed(&rig.take()), [(A, Why::Replaced)]);
 }
 
@@ -495,7 +496,7 @@ fn a_fetch_goes_on_after_a_cut() {
     rig.server.on_closed(A, rig.now);
     rig.server.on_connect(ConnId(3), rig.now);
     rig.say(ConnId(3), 1, hello("v").into());
-    rig.server.on_met(ConnId(3), 1, Seq(0), rig.now);
+    rig.server.on_met(ConnId(3), 1, (Seq(0), Seq(0)), rig.now);
     rig.take();
     rig.batch(ConnId(3), 0, vec![store(1, 50, 6 * MIB, None)]);
     let asked = reads(&rig.take());
@@ -624,7 +625,7 @@ fn third(rig: &mut Rig) -> ConnId {
     let conn = ConnId(3);
     rig.server.on_connect(conn, rig.now);
     rig.say(conn, 1, hello("v").into());
-    rig.server.on_met(conn, 3, Seq(0), rig.now);
+    rig.server.on_met(conn, 3, (Seq(0), Seq(0)), rig.now);
     rig.take();
     conn
 }
@@ -658,7 +659,7 @@ fn an_author_that_comes_back_hears_of_its_change_when_all_know_of_it() {
     let again = ConnId(3);
     rig.server.on_connect(again, rig.now);
     rig.say(again, 1, hello("v").into());
-    rig.server.on_met(again, 1, Seq(1), rig.now);
+    rig.server.on_met(again, 1, (Seq(1), Seq(1)), rig.now);
     let welcome = |effects: &[Effect]| {
         let is_welcome =
             |e: &Effect| matches!(e, Effect::Send { message: Message::Welcome(_), .. });
@@ -692,7 +693,7 @@ fn of_many_that_are_told_the_last_one_opens_the_way() {
     for conn in &conns {
         rig.server.on_connect(*conn, rig.now);
         rig.say(*conn, 1, hello("v").into());
-        rig.server.on_met(*conn, conn.0, Seq(0), rig.now);
+        rig.server.on_met(*conn, conn.0, (Seq(0), Seq(0)), rig.now);
         rig.give(*conn, &[33, 34]);
     }
     rig.say(A, 5, Ask { fids: vec![Fid(33)] }.into());
@@ -724,7 +725,7 @@ fn who_waits_for_itself_to_let_go_is_served_then() {
     for conn in [A, B, c] {
         rig.server.on_connect(conn, rig.now);
         rig.say(conn, 1, hello("v").into());
-        rig.server.on_met(conn, conn.0, Seq(0), rig.now);
+        rig.server.on_met(conn, conn.0, (Seq(0), Seq(0)), rig.now);
         rig.give(conn, &[33]);
     }
     rig.say(A, 5, Ask { fids: vec![Fid(33)] }.into());

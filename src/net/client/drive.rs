@@ -399,24 +399,39 @@ impl Driver {
     // What comes in for the cache.
 
     fn take_in(&mut self, effect: Effect) {
+        let rights = self.shared.rights.clone();
+        // Nothing is trusted before it is here.
+        let may = |fid: Fid, mode: Mode, done: &Result<Vec<Notice>, TreeError>| {
+            let mode = if done.is_ok() { mode } else { Mode::None };
+            rights.edit(|rights| rights.set(fid, mode));
+        };
         let (fid, done) = match effect {
-            Effect::MergePage { dir, first, mark, page } => {
+            Effect::MergePage { dir, first, mark, mut page } => {
                 if first {
                     self.listings.remove(&dir);
                     self.failed.remove(&dir);
                 }
                 let listing = self.listings.entry(dir).or_default();
-                (dir, merge::merge_page(&self.cache, listing, dir, remote_page(page), mark))
+                let read_only = std::mem::take(&mut page.read_only);
+                let done = merge::merge_page(&self.cache, listing, dir, remote_page(page), mark);
+                let merged = listing.take_merged();
+                rights.edit(|rights| rights.read(&merged, &read_only));
+                (dir, done)
             }
-            Effect::FinishListing { dir, mark, fresh } => {
+            Effect::FinishListing { dir, mark, fresh, mode } => {
                 let listing = self.listings.remove(&dir).unwrap_or_default();
                 if self.failed.contains_key(&dir) {
                     return; // not all of it is here
                 }
-                (dir, merge::finish_listing(&self.cache, listing, dir, mark, fresh))
+                let done = merge::finish_listing(&self.cache, listing, dir, mark, fresh);
+                may(dir, mode, &done);
+                (dir, done)
             }
-            Effect::SetObject { object, mark } => {
-                (object.fid, hydrate::set_object(&self.cache, &remote(object), mark))
+            Effect::SetObject { object, mark, mode } => {
+                let fid = object.fid;
+                let done = hydrate::set_object(&self.cache, &remote(object), mark);
+                may(fid, mode, &done);
+                (fid, done)
             }
             Effect::WriteRange { fid, stamp, at, bytes, granule } => {
                 let done = hydrate::write_range(&self.cache, fid, stamp, at, &bytes, granule);

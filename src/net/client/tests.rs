@@ -72,7 +72,11 @@ impl Served {
         let (volume_id, volume) = ([9; 16], "v".to_owned());
         let (acked, stamp) = (Seq(acked), Stamp(40));
         let version = VERSION;
-        self.send(hello.id, true, Welcome { version, volume_id, node: NODE, acked, stamp, volume });
+        self.send(
+            hello.id,
+            true,
+            Welcome { version, volume_id, node: NODE, acked, stamp, volume, seen: acked },
+        );
         let since = self.next();
         assert!(matches!(since.message, Message::Since(_)), "{since:?}");
         let changes =

@@ -48,7 +48,7 @@ impl Driver {
     /// can be read on, if that is all they want.
     pub(super) fn lower(&mut self, recall_id: u64, fids: &[Fid], mode: Mode, now: Instant) {
         self.shared.rights.edit(|rights| match fids {
-            [] => rights.set_volume(mode),
+            [] => rights.lower_volume(mode),
             _ => fids.iter().for_each(|fid| rights.set(*fid, rights.mode(*fid).min(mode))),
         });
         // Whoever works by the old rights has journaled it when this returns.
