@@ -16,6 +16,9 @@ _imz() {
             ",$1")
                 cmd="imz"
                 ;;
+            imz,conflicts)
+                cmd="imz__subcmd__conflicts"
+                ;;
             imz,help)
                 cmd="imz__subcmd__help"
                 ;;
@@ -37,6 +40,39 @@ _imz() {
             imz,umount)
                 cmd="imz__subcmd__umount"
                 ;;
+            imz__subcmd__conflicts,diff)
+                cmd="imz__subcmd__conflicts__subcmd__diff"
+                ;;
+            imz__subcmd__conflicts,help)
+                cmd="imz__subcmd__conflicts__subcmd__help"
+                ;;
+            imz__subcmd__conflicts,list)
+                cmd="imz__subcmd__conflicts__subcmd__list"
+                ;;
+            imz__subcmd__conflicts,resolve)
+                cmd="imz__subcmd__conflicts__subcmd__resolve"
+                ;;
+            imz__subcmd__conflicts,show)
+                cmd="imz__subcmd__conflicts__subcmd__show"
+                ;;
+            imz__subcmd__conflicts__subcmd__help,diff)
+                cmd="imz__subcmd__conflicts__subcmd__help__subcmd__diff"
+                ;;
+            imz__subcmd__conflicts__subcmd__help,help)
+                cmd="imz__subcmd__conflicts__subcmd__help__subcmd__help"
+                ;;
+            imz__subcmd__conflicts__subcmd__help,list)
+                cmd="imz__subcmd__conflicts__subcmd__help__subcmd__list"
+                ;;
+            imz__subcmd__conflicts__subcmd__help,resolve)
+                cmd="imz__subcmd__conflicts__subcmd__help__subcmd__resolve"
+                ;;
+            imz__subcmd__conflicts__subcmd__help,show)
+                cmd="imz__subcmd__conflicts__subcmd__help__subcmd__show"
+                ;;
+            imz__subcmd__help,conflicts)
+                cmd="imz__subcmd__help__subcmd__conflicts"
+                ;;
             imz__subcmd__help,help)
                 cmd="imz__subcmd__help__subcmd__help"
                 ;;
@@ -57,6 +93,18 @@ _imz() {
                 ;;
             imz__subcmd__help,umount)
                 cmd="imz__subcmd__help__subcmd__umount"
+                ;;
+            imz__subcmd__help__subcmd__conflicts,diff)
+                cmd="imz__subcmd__help__subcmd__conflicts__subcmd__diff"
+                ;;
+            imz__subcmd__help__subcmd__conflicts,list)
+                cmd="imz__subcmd__help__subcmd__conflicts__subcmd__list"
+                ;;
+            imz__subcmd__help__subcmd__conflicts,resolve)
+                cmd="imz__subcmd__help__subcmd__conflicts__subcmd__resolve"
+                ;;
+            imz__subcmd__help__subcmd__conflicts,show)
+                cmd="imz__subcmd__help__subcmd__conflicts__subcmd__show"
                 ;;
             imz__subcmd__help__subcmd__kml,dump)
                 cmd="imz__subcmd__help__subcmd__kml__subcmd__dump"
@@ -80,7 +128,7 @@ _imz() {
 
     case "${cmd}" in
         imz)
-            opts="-v -h -V --verbose --help --version serve mount umount sync status kml help"
+            opts="-v -h -V --verbose --help --version serve mount umount sync status conflicts kml help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -93,9 +141,237 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        imz__subcmd__help)
-            opts="serve mount umount sync status kml help"
+        imz__subcmd__conflicts)
+            opts="-v -h -V --verbose --help --version list show diff resolve help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__conflicts__subcmd__diff)
+            opts="-v -h -V --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__conflicts__subcmd__help)
+            opts="list show diff resolve help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__conflicts__subcmd__help__subcmd__diff)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__conflicts__subcmd__help__subcmd__help)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__conflicts__subcmd__help__subcmd__list)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__conflicts__subcmd__help__subcmd__resolve)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__conflicts__subcmd__help__subcmd__show)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__conflicts__subcmd__list)
+            opts="-v -h -V --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__conflicts__subcmd__resolve)
+            opts="-v -h -V --stamp --json --verbose --help --version mine theirs both keep"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --stamp)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__conflicts__subcmd__show)
+            opts="-v -h -V --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help)
+            opts="serve mount umount sync status conflicts kml help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__conflicts)
+            opts="list show diff resolve"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__conflicts__subcmd__diff)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__conflicts__subcmd__list)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__conflicts__subcmd__resolve)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__conflicts__subcmd__show)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi

@@ -59,7 +59,8 @@ fn page(name: &str, command: clap::Command) -> Vec<u8> {
     }
     page.extend_from_slice(roff(&after).as_bytes());
     let others = "imz(1), imz-serve(1), imz-mount(1), imz-umount(1), imz-sync(1), imz-status(1), \
-                  imz-kml-dump(1), imz-kml(5), imz-coherence(7)";
+                  imz-conflicts(1), imz-kml-dump(1), imz-kml(5), imz-coherence(7), \
+                  imz-conflicts(7)";
     let others: Vec<&str> = others.split(", ").filter(|it| *it != format!("{name}(1)")).collect();
     page.extend_from_slice(roff(&format!("See also:\n\n{}\n", others.join(", "))).as_bytes());
     page

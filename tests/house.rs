@@ -98,7 +98,9 @@ fn dependencies_run_one_way() {
 fn modes_never_name_each_other() {
     // what several of them share stands beside them
     let shared = ["place", "ship", "explain"];
-    let modes = ["mount", "serve", "status", "sync", "umount", "kml", "inspect", "fsck"];
+    let modes = [
+        "mount", "serve", "status", "sync", "umount", "kml", "inspect", "fsck", "conflicts",
+    ];
     let mut wrong = Vec::new();
     for (name, text) in code() {
         let Some(rest) = name.strip_prefix("src/modes/") else { continue };

@@ -238,6 +238,13 @@ pub enum Effect {
         ours: Seq,
     },
     SpaceIs(Space),
+    /// so many versions are kept aside at the server
+    Conflicts(u64),
+    /// the answer to a question about conflicts
+    ConflictAnswer {
+        number: u64,
+        how: Result<Message, Failed>,
+    },
     /// a lock was granted or refused, or the question after it answered
     LockEnded {
         number: Number,
@@ -287,6 +294,9 @@ pub(super) enum Ask {
         number: Number,
     },
     Claim,
+    Conflict {
+        number: u64,
+    },
 }
 
 struct Asked {
@@ -313,7 +323,10 @@ impl Line {
         // Locks stay in order. Some are not answered for long, so nobody counts how long they wait.
         let is_lock = matches!(ask, Ask::Lock { .. } | Ask::Claim);
         let (id, foreground) = (self.next_id, waits_since.is_some() || is_lock);
-        let wanted = !matches!(ask, Ask::Hello | Ask::Ping | Ask::Space | Ask::Since | Ask::Batch);
+        let wanted = !matches!(
+            ask,
+            Ask::Hello | Ask::Ping | Ask::Space | Ask::Since | Ask::Batch | Ask::Conflict { .. }
+        );
         self.foreground_count += u64::from(foreground && wanted);
         self.asked.insert(id, Asked { ask, waits_since });
         self.message_count += u64::from(ask != Ask::Ping);
@@ -641,6 +654,7 @@ impl Client {
             }
             // by itself: nobody else wants anything
             Message::Granted(m) if greeted => self.set_volume(m.volume, true),
+            Message::ConflictCount(m) if greeted => self.line.effect(Effect::Conflicts(m.count)),
             Message::Read(read) if greeted => {
                 self.shipper.on_read(now);
                 self.line.effect(Effect::AnswerRead { id, read });
@@ -723,6 +737,17 @@ impl Client {
             }
             (Ask::Claim, Message::Claimed(m)) => {
                 self.locker.on_claimed(id, &m.lost, &mut self.line);
+            }
+            (Ask::Conflict { number }, message) => {
+                if let Message::Resolved(m) = &message {
+                    let fids = m.fids.clone();
+                    self.line.effect(Effect::MarkStale { break_id: None, fids });
+                }
+                let how = match message {
+                    Message::Failed(failed) => Err(failed),
+                    message => Ok(message),
+                };
+                self.line.effect(Effect::ConflictAnswer { number, how });
             }
             (Ask::List { .. } | Ask::Stat { .. } | Ask::Piece { .. }, message) => {
                 let acked = self.acked();
@@ -867,6 +892,16 @@ impl Client {
         if self.is_online() && !self.line.asked.values().any(|asked| asked.ask == Ask::Space) {
             self.line.ask(Ask::Space, None, Statfs {}.into());
         }
+    }
+
+    /// A question about conflicts, or a decision. `ConflictAnswer` follows, unless the connection
+    /// ends first. False: the server is away.
+    pub fn on_conflict_ask(&mut self, number: u64, message: Message) -> bool {
+        if self.is_online() {
+            // others may have to be told first, which takes its time: nobody counts it
+            self.line.ask(Ask::Conflict { number }, None, message);
+        }
+        self.is_online()
     }
 
     /// The journal grew.

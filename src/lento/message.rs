@@ -5,7 +5,8 @@
 //! that is missing has its default, an opcode that is not known is answered by `Failed`.
 //! Requests carry an id of their sender's; the answer repeats it. `Read` goes both ways: a client
 //! fetches a file with the same message with which the server fetches what a journal announced.
-//! Records travel in the journal's own encoding. 50..=59 are kept free for grants.
+//! Records travel in the journal's own encoding. 50..=59 are kept free for grants; 60..=69 are about
+//! conflicts.
 //!
 //! Every count and length is bounded here and checked on decoding.
 
@@ -13,7 +14,7 @@ use minicbor::{Decode, Encode};
 
 use super::locks::{Denied, LOCKS_MAX, Lock, LockAsk, LockHeld, LockKind};
 use super::rights::Mode;
-use crate::kml::record::{Attr, Fid, Seq, Stamp};
+use crate::kml::record::{Attr, Fid, PATH_LEN_MAX, Seq, Stamp};
 
 /// Version of the protocol; both sides must speak the same.
 pub const VERSION: u16 = 1;
@@ -33,6 +34,9 @@ pub const ASK_FIDS_MAX: usize = 8;
 pub const FIDS_MAX: usize = 8192;
 /// Longest name of a volume, bytes.
 pub const VOLUME_NAME_LEN_MAX: usize = 255;
+/// Most conflicts in one page, and the longest name of one, bytes.
+pub const CONFLICTS_MAX: usize = 256;
+pub const CONFLICT_ID_LEN_MAX: usize = 64;
 /// Longest text in a refusal, bytes.
 pub const WHAT_LEN_MAX: usize = 1024;
 
@@ -119,6 +123,17 @@ messages! {
     /// client: these locks are held already, as decided elsewhere
     47 Claim,
     48 Claimed,
+    /// client: which conflicts are there?
+    60 Conflicts,
+    61 ConflictPage,
+    /// client: bytes of a version that a conflict is about; answered by `Data`
+    62 ConflictRead,
+    /// client: somebody has decided about a conflict
+    63 Resolve,
+    /// it is done, durably
+    64 Resolved,
+    /// server, by itself: there are so many conflicts in the volume
+    65 ConflictCount,
 }
 
 /// Why a body was not understood. The connection is closed.
@@ -555,6 +570,92 @@ pub struct Claimed {
     pub lost: Vec<u32>,
 }
 
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Conflicts {
+    /// the last one of the page before; empty for the first page
+    #[n(0)]
+    pub after: String,
+}
+
+/// One conflict: its name, and JSON that says all about it (imz-conflicts(7)).
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Conflict {
+    #[n(0)]
+    pub id: String,
+    #[n(1)]
+    pub told: String,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct ConflictPage {
+    #[n(0)]
+    pub conflicts: Vec<Conflict>,
+    #[n(1)]
+    pub more: bool,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct ConflictRead {
+    #[n(0)]
+    pub id: String,
+    /// of the preserved version; else of the tree's
+    #[n(1)]
+    pub mine: bool,
+    #[n(2)]
+    pub at: u64,
+    /// 1..=RANGE_LEN_MAX
+    #[n(3)]
+    pub len: u32,
+}
+
+/// What becomes of a preserved version.
+#[derive(Encode, Decode, Clone, PartialEq, Eq, Debug)]
+pub enum Choice {
+    /// it takes the place of the tree's
+    #[n(0)]
+    Mine,
+    /// it is dropped
+    #[n(1)]
+    Theirs,
+    /// it is put beside the tree's
+    #[n(2)]
+    Both,
+    /// it is put at this path, from the volume's root
+    #[n(3)]
+    Keep(
+        #[n(0)]
+        #[cbor(with = "minicbor::bytes")]
+        Vec<u8>,
+    ),
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Resolve {
+    #[n(0)]
+    pub id: String,
+    #[n(1)]
+    pub choice: Choice,
+    /// of the tree's version that was looked at, zero for none; `None`: whatever it is
+    #[n(2)]
+    pub stamp: Option<Stamp>,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct Resolved {
+    /// for people
+    #[n(0)]
+    pub what: String,
+    /// objects that have changed
+    #[n(1)]
+    pub fids: Vec<Fid>,
+}
+
+#[derive(Encode, Decode, Clone, PartialEq, Debug)]
+pub struct ConflictCount {
+    #[n(0)]
+    pub count: u64,
+}
+
 impl Message {
     /// For people who look for a fault: the message without what is long in it.
     pub fn brief(&self) -> String {
@@ -607,6 +708,16 @@ impl Message {
             Message::LockAsk(m) => m.start <= m.end,
             Message::Claim(m) => m.locks.len() <= LOCKS_MAX && m.locks.iter().all(is_lock),
             Message::Claimed(m) => m.lost.len() <= LOCKS_MAX,
+            Message::Conflicts(m) => m.after.len() <= CONFLICT_ID_LEN_MAX,
+            Message::ConflictPage(m) => m.conflicts.len() <= CONFLICTS_MAX,
+            Message::ConflictRead(m) => {
+                m.id.len() <= CONFLICT_ID_LEN_MAX && (1..=RANGE_LEN_MAX).contains(&m.len)
+            }
+            Message::Resolve(m) => {
+                let path_len = if let Choice::Keep(path) = &m.choice { path.len() } else { 0 };
+                m.id.len() <= CONFLICT_ID_LEN_MAX && path_len <= PATH_LEN_MAX
+            }
+            Message::Resolved(m) => m.fids.len() <= FIDS_MAX,
             _ => true,
         }
     }

@@ -13,7 +13,7 @@ use crate::kml::record::{Fid, Seq, Stamp};
 
 use super::faults::{Fault, is_planted};
 use super::intake::{Arrival, Change, Content, Fetch, Key, Piece};
-use super::message::{Acked, Code, Data, Failed, Read, Stamped};
+use super::message::{Acked, Code, Data, FIDS_MAX, Failed, Read, Resolve, Resolved, Stamped};
 use super::promises::{ConnId, Round};
 use super::rights::made;
 use super::server::{Effect, Peer, Server, State, VolumeNo, Why};
@@ -71,6 +71,15 @@ pub(super) struct Batch {
     synced: bool,
     applied: Applied,
     len: usize,
+    /// it is no batch of records, but a decision about a conflict, in their order
+    resolve: Option<Decision>,
+}
+
+/// What becomes of a decision about a conflict.
+enum Decision {
+    Asked(Resolve),
+    /// what was done, for people
+    Done(String),
 }
 
 impl Batch {
@@ -159,8 +168,7 @@ impl Server {
             return self.fail(conn, id, Code::Other, "too much is on its way in");
         }
         self.queue_len += len;
-        self.last_ticket.0 += 1;
-        let (ticket, volume) = (self.last_ticket, peer.volume);
+        let volume = peer.volume;
         peer.expected = upto;
         let node = peer.node;
         let mut touched: Vec<Fid> = changes.iter().flat_map(|c| c.record.op.touched()).collect();
@@ -170,26 +178,85 @@ impl Server {
         let fetches = changes.iter().filter_map(|change| Fetch::of(node, change));
         let parked = &mut self.volumes[volume].parked;
         let fetches = fetches.map(|fetch| parked.take(fetch)).collect();
-        let batch = Batch {
-            ticket,
+        let fresh = self.fresh_batch(id, (after, upto), touched);
+        let batch = Batch { changes, fetches, made, len, ..fresh };
+        if let Some(peer) = self.peers.get_mut(&conn) {
+            peer.batches.push_back(batch);
+        }
+        self.advance(conn, now);
+    }
+
+    fn fresh_batch(&mut self, id: u64, (after, upto): (Seq, Seq), touched: Vec<Fid>) -> Batch {
+        self.last_ticket.0 += 1;
+        Batch {
+            ticket: self.last_ticket,
             id,
             after,
             upto,
-            changes,
-            fetches,
+            changes: Vec::new(),
+            fetches: Vec::new(),
             touched,
-            made,
+            made: Vec::new(),
             stage: Stage::Fetching,
             blankets: 0,
             waiting: 0,
             synced: false,
             applied: Applied::default(),
-            len,
+            len: 0,
+            resolve: None,
+        }
+    }
+
+    /// A decision about a conflict has come; `touched`: what it changes, or why it cannot be carried
+    /// out. It goes the way of a batch without records, behind those that came before.
+    pub fn on_resolve(
+        &mut self,
+        conn: ConnId,
+        id: u64,
+        ask: Resolve,
+        touched: Result<Vec<Fid>, Failed>,
+        now: Instant,
+    ) {
+        let Some(peer) = self.peers.get_mut(&conn) else { return };
+        peer.heard(now);
+        if peer.state != State::Live {
+            return self.close(conn, Why::OutOfTurn(63), now);
+        }
+        let (expected, is_full) = (peer.expected, peer.batches.len() >= self.settings.batches_max);
+        let touched = match touched {
+            Ok(touched) if touched.len() <= FIDS_MAX => touched,
+            Ok(_) => return self.fail(conn, id, Code::Other, "it touches too much"),
+            Err(failed) => return self.fail(conn, id, failed.code, &failed.what),
         };
+        if is_full || self.volumes[peer.volume].dead {
+            let what = "the server takes no changes at the moment: try again";
+            return self.fail(conn, id, Code::Io, what);
+        }
+        let fresh = self.fresh_batch(id, (expected, expected), touched);
+        let batch = Batch { resolve: Some(Decision::Asked(ask)), ..fresh };
         if let Some(peer) = self.peers.get_mut(&conn) {
             peer.batches.push_back(batch);
         }
         self.advance(conn, now);
+    }
+
+    /// A decision was carried out, with this to be said to people; or not, as `applied` says.
+    pub fn on_resolved(
+        &mut self,
+        ticket: Ticket,
+        volume: VolumeNo,
+        applied: Applied,
+        what: String,
+        now: Instant,
+    ) {
+        let conn = self.author(ticket).unwrap_or(ConnId(u32::MAX));
+        if let Some(batch) = self.batch(conn, ticket) {
+            batch.resolve = Some(Decision::Done(what));
+            batch.touched.extend_from_slice(&applied.also);
+            batch.touched.sort_unstable();
+            batch.touched.dedup();
+        }
+        self.on_applied(ticket, volume, applied, now);
     }
 
     /// Takes every batch of the client as far as it can go.
@@ -224,7 +291,10 @@ impl Server {
             let (ticket, upto) = (batch.ticket, batch.upto);
             let changes = std::mem::take(&mut batch.changes);
             batch.fetches.clear();
-            self.effects.push_back(Effect::Apply { volume, ticket, node, upto, changes });
+            self.effects.push_back(match batch.resolve.take() {
+                Some(Decision::Asked(ask)) => Effect::Resolve { volume, ticket, ask },
+                _ => Effect::Apply { volume, ticket, node, upto, changes },
+            });
         }
     }
 
@@ -456,8 +526,14 @@ impl Server {
             let touched = batch.touched;
             let Applied { upto, stamps, conflicts, failure, .. } = batch.applied;
             let stamps = stamps.into_iter().map(|(fid, stamp)| Stamped { fid, stamp }).collect();
-            match failure {
-                Some((code, what)) if upto == batch.after => self.fail(conn, batch.id, code, &what),
+            match (failure, batch.resolve) {
+                (Some((code, what)), _) if upto == batch.after => {
+                    self.fail(conn, batch.id, code, &what);
+                }
+                (_, Some(Decision::Done(what))) => {
+                    let fids = touched.clone();
+                    self.answer(conn, batch.id, Resolved { what, fids }.into());
+                }
                 _ => {
                     let acked = Acked { upto, stamps, conflicts, stamp };
                     self.answer(conn, batch.id, acked.into());

@@ -20,7 +20,9 @@ use crate::kml::record::{Fid, Seq, Stamp};
 
 use super::intake::{Change, Key};
 use super::locking::Locking;
-use super::message::{Code, Failed, Hello, Message, Pong, Refused, VERSION, Welcome};
+use super::message::{
+    Code, ConflictCount, Failed, Hello, Message, Pong, Refused, Resolve, VERSION, Welcome,
+};
 use super::permits::{Lettings, Permits, lease_end};
 use super::promises::{ConnId, PROMISES_MAX, Promises, Round};
 use super::reint::{Batch, Parked, Ticket, ToRead};
@@ -116,6 +118,8 @@ pub enum Effect {
     Unspool { volume: VolumeNo, key: Key },
     /// apply these records of a node, in order; `on_applied` follows
     Apply { volume: VolumeNo, ticket: Ticket, node: u32, upto: Seq, changes: Vec<Change> },
+    /// carry out what was decided about a conflict; `on_resolved` follows
+    Resolve { volume: VolumeNo, ticket: Ticket, ask: Resolve },
     /// keep these nodes' numbers for the next life: they may have rights
     Live { volume: VolumeNo, nodes: Vec<u32> },
     /// make durable what was applied so far; `on_synced` follows
@@ -143,6 +147,8 @@ pub(super) struct Volume {
     /// how many have not
     pub(super) unsettled: BTreeMap<Ticket, (u32, usize)>,
     pub(super) locking: Locking,
+    /// versions that are kept aside
+    conflicts: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -262,6 +268,7 @@ impl Server {
             parked: Parked::default(),
             unsettled: BTreeMap::new(),
             locking: Locking::default(),
+            conflicts: 0,
         });
         self.volumes.len() - 1
     }
@@ -288,6 +295,35 @@ impl Server {
     pub fn is_idle(&self) -> bool {
         self.volumes.iter().all(|volume| volume.syncing.is_none())
             && self.peers.values().all(|peer| !peer.batches.iter().any(Batch::is_applied))
+    }
+
+    /// So many versions are kept aside in the volume: who is connected hears of it.
+    pub fn on_conflicts(&mut self, volume: VolumeNo, count: u64) {
+        if std::mem::replace(&mut self.volumes[volume].conflicts, count) == count {
+            return;
+        }
+        let here =
+            |peer: &Peer| peer.volume == volume && peer.state == State::Live && peer.node > 0;
+        let conns = self.peers.iter().filter(|(_, peer)| here(peer)).map(|(conn, _)| *conn);
+        for conn in conns.collect::<Vec<_>>() {
+            self.request(conn, false, ConflictCount { count }.into());
+        }
+    }
+    /// The volume that a client has.
+    pub fn volume_of(&self, conn: ConnId) -> Option<VolumeNo> {
+        let peer = self.peers.get(&conn)?;
+        (peer.state == State::Live).then_some(peer.volume)
+    }
+    /// Somebody in the server's own process has a request; he is no client.
+    pub fn on_local(&mut self, conn: ConnId, volume: VolumeNo, now: Instant) {
+        self.on_connect(conn, now);
+        if let Some(peer) = self.peers.get_mut(&conn) {
+            (peer.state, peer.volume) = (State::Live, volume);
+        }
+    }
+    /// He has his answer.
+    pub fn on_local_over(&mut self, conn: ConnId, now: Instant) {
+        self.on_gone(conn, None, now);
     }
 
     pub fn on_connect(&mut self, conn: ConnId, now: Instant) {
@@ -396,6 +432,8 @@ impl Server {
                 request @ (Message::List(_)
                 | Message::Stat(_)
                 | Message::Read(_)
+                | Message::Conflicts(_)
+                | Message::ConflictRead(_)
                 | Message::Statfs(_)),
             ) if !answer => {
                 self.effects.push_back(Effect::Ask { conn, id, volume, node, request });
@@ -494,7 +532,11 @@ impl Server {
             volume: volume.name.clone(),
             seen,
         };
+        let count = volume.conflicts;
         self.answer(conn, id, welcome.into());
+        if count > 0 {
+            self.request(conn, false, ConflictCount { count }.into());
+        }
         if has_locks {
             self.on_locks_met(no, node, now); // before others get what the client had
         }

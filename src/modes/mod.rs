@@ -4,6 +4,7 @@
 //! The exit codes are decided in one function, [`exit_code`]. A mode returns an error whose chain
 //! tells the story from the outside in, and names a code with [`Failure`] where there is one.
 
+pub mod conflicts;
 pub mod explain;
 pub mod kml;
 pub mod mount;

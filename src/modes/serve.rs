@@ -13,6 +13,7 @@ use super::explain::explain;
 use super::{Exit, Failure, fail};
 use crate::cli::ServeArgs;
 use crate::lento::server::Settings;
+use crate::net::conflicts::Ask;
 use crate::net::control::{self, Answer, Status};
 use crate::net::handle::Handle;
 use crate::net::server::{Export, Server, state_of};
@@ -120,6 +121,9 @@ impl Answer for Told {
     }
     fn shutdown(&self) {
         self.handle.stop();
+    }
+    fn conflicts(&self, ask: Ask) -> Result<serde_json::Value, String> {
+        self.handle.conflicts(&self.export.name, ask)
     }
 }
 

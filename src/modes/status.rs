@@ -124,7 +124,12 @@ fn render(status: &Status, now: SystemTime) -> String {
     line("journal", HumanBytes(status.journal_bytes).to_string());
     match status.conflicts {
         0 => line("conflicts", "none".to_owned()),
-        n => line("conflicts", format!("{n} versions kept in .imz-conflicts")),
+        1 => line("conflicts", "1 version kept; imz conflicts list shows it".to_owned()),
+        n => line("conflicts", format!("{n} versions kept; imz conflicts list shows them")),
+    }
+    if status.saved_records > 0 {
+        let (count, bytes) = (status.saved_records, HumanBytes(status.saved_bytes));
+        line("saved", format!("{count} records and {bytes} not shipped since the start"));
     }
     let may = match &status.permit[..] {
         "write" => "the whole volume may be changed without asking",
@@ -220,6 +225,8 @@ mod tests {
             pending_records: 0,
             requests_foreground: 4,
             conflicts: 1,
+            saved_records: 7,
+            saved_bytes: 2048,
             last_error: Some("connection refused".to_owned()),
             ..sample()
         };
@@ -228,7 +235,8 @@ mod tests {
             "server      AWAY since ?\n",
             "pending     nothing\n",
             "requests    4 that an operation waited for",
-            "conflicts   1 ver",
+            "conflicts   1 version kept; imz conflicts",
+            "saved       7 records and 2.00 KiB not shipped since the start\n",
             "last error  connection refused\n",
         ] {
             assert!(text.contains(part), "{part} in {text}");

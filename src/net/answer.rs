@@ -2,12 +2,13 @@
 //!
 //! The volume knows no messages, and the machine no files: here each is put in the other's terms.
 
+use super::conflicts;
 use crate::kml::codec;
 use crate::kml::record::{Fid, Name, Seq, Stamp};
 use crate::lento::intake::{self, BadBatch, Change, Content};
 use crate::lento::message::{
-    Bare, Batch, Changes, Code, Data, Entry, Failed, Message, Object, Page, Pong, Space, Stat,
-    Status, WHAT_LEN_MAX, Xattr,
+    Bare, Batch, Changes, Code, Data, Entry, Failed, Message, Object, Page, Pong, Resolve, Space,
+    Stat, Status, WHAT_LEN_MAX, Xattr,
 };
 use crate::lento::reint;
 use crate::lento::rights::Mode;
@@ -120,7 +121,10 @@ fn try_answer(
             };
             (space.into(), Vec::new())
         }
-        _ => (Pong { stamp: volume.stamp() }.into(), Vec::new()), // the machine asks nothing else
+        request => match conflicts::answer(volume, request)? {
+            Some(answer) => (answer, Vec::new()),
+            None => (Pong { stamp: volume.stamp() }.into(), Vec::new()), // it asks nothing else
+        },
     })
 }
 
@@ -140,6 +144,15 @@ pub fn changes(batch: Batch) -> Result<Vec<Change>, BadItems> {
         Ok(intake::change(seq, record, item.data)?)
     };
     batch.items.into_iter().map(change).collect()
+}
+
+/// Carries out a decision about a conflict; what was done, for people.
+pub fn resolve(volume: &mut Volume, ask: &Resolve) -> (reint::Applied, String) {
+    let mut out = apply::Applied::default();
+    let done = volume.resolve(&ask.id, &conflicts::choice(&ask.choice), ask.stamp, &mut out);
+    let failure = done.as_ref().err().map(failure).map(|failed| (failed.code, failed.what));
+    let applied = reint::Applied { also: out.also, failure, ..reint::Applied::default() };
+    (applied, done.unwrap_or_default())
 }
 
 /// Applies the records of a batch.

@@ -24,7 +24,7 @@ use super::poll::{Loop, Waker};
 use crate::kml::record::{Fid, Seq};
 use crate::lento::client::Unmet;
 use crate::lento::locks::LockAsk;
-use crate::lento::message::{Code, Space};
+use crate::lento::message::{Code, Failed, Message, Space};
 use crate::lento::policy;
 use crate::lento::rights::{Held, Mode};
 use crate::replica::cache::Cache;
@@ -147,8 +147,12 @@ pub struct Snapshot {
     pub permits_apart: u64,
     /// contents that were acknowledged since the start, bytes
     pub shipped_len: u64,
-    /// objects since the start of which the server kept its own version
+    /// versions that are kept aside at the server, as it last said
     pub conflicts: u64,
+    /// that later changes made void before they were shipped, since the start: records, and
+    /// contents, bytes
+    pub saved_records: u64,
+    pub saved_len: u64,
     pub clean_len: u64,
     pub dirty_len: u64,
     pub last_error: Option<String>,
@@ -168,10 +172,24 @@ enum In {
     WantSpace,
     Lock(u64, LockAsk, drive::LockWaiter),
     CancelLock(u64),
-    BreakDone { generation: u64, id: u64 },
-    Told { generation: u64, recall_id: u64 },
-    Resolved { generation: u64, found: std::io::Result<Vec<std::net::SocketAddr>> },
-    Cut { generation: u64, cut: work::Cut },
+    /// a question about conflicts; without an answer the sender is dropped
+    Conflicts(Message, Sender<Result<Message, Failed>>),
+    BreakDone {
+        generation: u64,
+        id: u64,
+    },
+    Told {
+        generation: u64,
+        recall_id: u64,
+    },
+    Resolved {
+        generation: u64,
+        found: std::io::Result<Vec<std::net::SocketAddr>>,
+    },
+    Cut {
+        generation: u64,
+        cut: work::Cut,
+    },
     Stop,
 }
 
@@ -185,6 +203,7 @@ struct Shared {
     /// changes of `facts.contact`, and of what is acknowledged
     changed: Condvar,
     acked: AtomicU64,
+    saved: Arc<work::Saved>,
     /// number of the last ask for a lock
     last_lock: AtomicU64,
     space: Mutex<(Space, Option<Instant>)>,
@@ -259,6 +278,7 @@ pub fn start(
         }),
         changed: Condvar::new(),
         acked: AtomicU64::new(cache.acked().0),
+        saved: Arc::default(),
         last_lock: AtomicU64::new(0),
         space: Mutex::new((space_of(&here), None)),
         rights: options.rights.clone(),
@@ -266,7 +286,8 @@ pub fn start(
         cache: cache.clone(),
     });
     cache.bell.connect(Box::new(move || waker.wake()));
-    let worker = work::start(cache, shared.inbox.clone(), shared.waker.clone())?;
+    let worker =
+        work::start(cache, shared.inbox.clone(), shared.waker.clone(), shared.saved.clone())?;
     let driver =
         drive::Driver::new(shared.clone(), peer, options, notifier, event_loop, outbox, worker);
     let thread = std::thread::Builder::new().name("imz-loop".into()).spawn(|| driver.run())?;
@@ -340,6 +361,8 @@ impl Handle {
             permits_apart: permits_apart as u64,
             shipped_len: facts.shipped_len,
             conflicts: facts.conflicts,
+            saved_records: self.0.saved.records.load(Ordering::Relaxed),
+            saved_len: self.0.saved.len.load(Ordering::Relaxed),
             clean_len,
             dirty_len,
             last_error: facts.last_error.clone(),
@@ -359,6 +382,22 @@ impl Handle {
             self.0.tell(In::WantSpace);
         }
         space.0
+    }
+
+    /// Asks the server about conflicts, or decides about one; waits for the answer.
+    ///
+    /// # Errors
+    /// Why not, for people.
+    pub fn conflicts(&self, ask: super::conflicts::Ask) -> Result<serde_json::Value, String> {
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        self.0.tell(In::Conflicts(ask.into(), reply));
+        match answer.recv_timeout(super::conflicts::ANSWER_TIME_MAX) {
+            Ok(answer) => super::conflicts::told(answer),
+            Err(_) => Err(format!(
+                "{} is away or does not answer, and the conflicts are there: try again later",
+                self.0.server
+            )),
+        }
     }
 
     /// Waits until the cache has caught up with the server for the first time.

@@ -6,15 +6,17 @@
 //!   {"ask":"ship"}     {"seq":N}: ship all there is; N is the seq whose acknowledgement ends it
 //!   {"ask":"acked"}    {"seq":N}: the server has acknowledged everything up to N
 //!   {"ask":"umount"}   {"seq":0}: the process ends
+//!   {"ask":"conflicts","do":...}   see conflicts.rs
 //!   anything else      {"error":"..."}
 //!
 //! Invariants: it answers even if all else is stuck, for it has threads of its own and shares
 //! nothing but [`Answer`]. No peer behaviour takes more than [`CONNECTIONS_MAX`] threads, each for
 //! [`LINE_LEN_MAX`] bytes and [`SILENCE_MAX`] between them. Other users than ours and root are not
-//! heard. The client's half never touches the mount, and is back within [`ANSWER_TIME_MAX`].
+//! heard. The client's half never touches the mount, and is back within [`ANSWER_TIME_MAX`]; only
+//! what is asked about conflicts may wait for the server.
 //!
 //! Absent on purpose: the event loop (it may be what hangs), and any change of state beyond the
-//! two requests above.
+//! requests above.
 
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -29,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::conflicts;
 use crate::sys::local;
 
 /// Longest request, bytes.
@@ -69,6 +72,9 @@ pub struct Status {
     pub cache_dirty_bytes: u64,
     pub conflicts: u64,
     pub journal_bytes: u64,
+    /// what needed not be shipped since the start: records, and bytes of contents
+    pub saved_records: u64,
+    pub saved_bytes: u64,
     /// requests that an operation waited for, since the start
     pub requests_foreground: u64,
     /// sent and received since the start, but for pings
@@ -98,15 +104,23 @@ pub trait Answer: Send + Sync {
     fn acked(&self) -> u64;
     /// Begins to end the process; does not wait for the end.
     fn shutdown(&self);
+    /// Answers about conflicts; the only question that waits, for as long as conflicts.rs says.
+    ///
+    /// # Errors
+    /// Why not, for people.
+    fn conflicts(&self, _ask: conflicts::Ask) -> Result<serde_json::Value, String> {
+        Err("it has no conflicts".to_owned())
+    }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "lowercase")]
 pub enum Request {
     Status,
     Ship,
     Acked,
     Umount,
+    Conflicts(conflicts::Ask),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -295,6 +309,10 @@ fn talk(stream: &UnixStream, answer: &dyn Answer) -> io::Result<()> {
             Request::Status => reply(stream, &answer.status())?,
             Request::Ship => reply(stream, &Position { seq: answer.ship_now() })?,
             Request::Acked => reply(stream, &Position { seq: answer.acked() })?,
+            Request::Conflicts(ask) => match answer.conflicts(ask) {
+                Ok(told) => reply(stream, &told)?,
+                Err(error) => reply(stream, &Refusal { error })?,
+            },
             Request::Umount => {
                 // first the reply: there may be no process to send it afterwards
                 let sent = reply(stream, &Position { seq: 0 });
@@ -335,6 +353,14 @@ pub enum ControlError {
 /// # Errors
 /// [`ControlError`].
 pub fn ask(path: &Path, request: Request) -> Result<serde_json::Value, ControlError> {
+    ask_within(path, request, ANSWER_TIME_MAX)
+}
+
+fn ask_within(
+    path: &Path,
+    request: Request,
+    patience: Duration,
+) -> Result<serde_json::Value, ControlError> {
     let failed = |source: io::Error| ControlError::Io { path: path.to_owned(), source };
     let stream = local::connect(path).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => ControlError::Absent,
@@ -343,7 +369,7 @@ pub fn ask(path: &Path, request: Request) -> Result<serde_json::Value, ControlEr
         _ => failed(e),
     })?;
     let pid = local::peer(&stream).map_err(failed)?.pid;
-    let line = exchange(&stream, request).map_err(|e| match e.kind() {
+    let line = exchange(&stream, request, patience).map_err(|e| match e.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ControlError::Silent { pid },
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => ControlError::Dead,
         _ => failed(e),
@@ -360,8 +386,8 @@ pub fn ask(path: &Path, request: Request) -> Result<serde_json::Value, ControlEr
     }
 }
 
-fn exchange(mut stream: &UnixStream, request: Request) -> io::Result<Vec<u8>> {
-    let end = Instant::now() + ANSWER_TIME_MAX;
+fn exchange(mut stream: &UnixStream, request: Request, patience: Duration) -> io::Result<Vec<u8>> {
+    let end = Instant::now() + patience;
     stream.set_write_timeout(Some(ANSWER_TIME_MAX))?;
     reply(stream, &request)?;
     let mut line = Vec::new();
@@ -397,6 +423,12 @@ pub fn ship(path: &Path) -> Result<u64, ControlError> {
 /// The last acknowledged seq. # Errors: [`ControlError`].
 pub fn acked(path: &Path) -> Result<u64, ControlError> {
     Ok(ask_as::<Position>(path, Request::Acked)?.seq)
+}
+
+/// Asks about conflicts, or decides about one. # Errors: [`ControlError`].
+pub fn conflicts(path: &Path, ask: conflicts::Ask) -> Result<serde_json::Value, ControlError> {
+    let patience = conflicts::ANSWER_TIME_MAX + ANSWER_TIME_MAX;
+    ask_within(path, Request::Conflicts(ask), patience)
 }
 
 /// Asks the process to end; it has heard it on return, not done it. # Errors: [`ControlError`].

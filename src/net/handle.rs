@@ -6,8 +6,13 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crossbeam_channel::{Sender, bounded};
+use serde_json::Value;
+
+use super::conflicts;
 use super::poll::Waker;
 use crate::kml::record::Stamp;
+use crate::lento::message::Message;
 use crate::lento::server::Client;
 
 /// For people: how a server is doing.
@@ -37,6 +42,14 @@ pub(super) struct Shared {
     stop: AtomicBool,
     streams: Mutex<Vec<UnixStream>>,
     report: Mutex<Report>,
+    asks: Mutex<Vec<LocalAsk>>,
+}
+
+/// A question of this process about the conflicts of a volume.
+pub(super) struct LocalAsk {
+    pub volume: String,
+    pub message: Message,
+    pub reply: Sender<Message>,
 }
 
 /// Talks to a running server from other threads.
@@ -62,6 +75,21 @@ impl Handle {
         self.waker.wake();
         Ok(ours)
     }
+    /// Asks about the conflicts of a volume, or decides about one; waits for the answer.
+    ///
+    /// # Errors
+    /// Why not, for people.
+    pub fn conflicts(&self, volume: &str, ask: conflicts::Ask) -> Result<Value, String> {
+        let (reply, answer) = bounded(1);
+        let volume = volume.to_owned();
+        lock(&self.shared.asks).push(LocalAsk { volume, message: ask.into(), reply });
+        self.waker.wake();
+        match answer.recv_timeout(conflicts::ANSWER_TIME_MAX) {
+            Ok(Message::Failed(failed)) => Err(failed.what),
+            Ok(answer) => conflicts::told(Ok(answer)),
+            Err(_) => Err("the server does not answer, or ends just now: look again".to_owned()),
+        }
+    }
     /// As of at most a second ago.
     pub fn report(&self) -> Report {
         lock(&self.shared.report).clone()
@@ -79,6 +107,9 @@ impl Shared {
     /// Connections of this process that came in since the last call.
     pub(super) fn take_streams(&self) -> Vec<UnixStream> {
         std::mem::take(&mut lock(&self.streams))
+    }
+    pub(super) fn take_asks(&self) -> Vec<LocalAsk> {
+        std::mem::take(&mut lock(&self.asks))
     }
     pub(super) fn set_report(&self, report: Report) {
         *lock(&self.report) = report;

@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod client;
+pub mod conflicts;
 pub mod conn;
 pub mod control;
 pub mod frame;

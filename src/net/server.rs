@@ -17,11 +17,12 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::answer;
+use super::conflicts;
 use super::conn::{Conn, Fault, Incoming, Lane};
-use super::handle::{Handle, Report, Shared, VolumeReport};
+use super::handle::{Handle, LocalAsk, Report, Shared, VolumeReport};
 use super::poll::{Event, Listener, Loop, Stream, Token, Waker};
 use crate::kml::record::Stamp;
-use crate::lento::message::{Code, Failed, Message};
+use crate::lento::message::{Code, Failed, Message, Resolve};
 use crate::lento::promises::ConnId;
 use crate::lento::server::{Effect, Server as Machine, Settings, VolumeNo, Why};
 use crate::replica::volume::{self, SyncJob, Volume, VolumeError};
@@ -112,6 +113,8 @@ pub struct Server {
     /// connections with something to send
     dirty: BTreeSet<ConnId>,
     last_conn: u32,
+    /// decisions that came from this process, and who waits for them
+    locals: BTreeMap<ConnId, Sender<Message>>,
     shared: Arc<Shared>,
     jobs: Sender<(VolumeNo, SyncJob)>,
     synced: Receiver<(VolumeNo, volume::Result<Stamp>)>,
@@ -146,6 +149,7 @@ impl Server {
                 Volume::open(&export.dir, export.state.as_deref(), &export.name).map_err(at)?;
             let no = machine.add_volume(volume.name(), volume.id(), volume.stamp());
             machine.expect_back(no, &volume.live(), Instant::now());
+            machine.on_conflicts(no, volume.conflicts());
             volumes.push(volume);
         }
         let (jobs, todo) = unbounded();
@@ -164,6 +168,7 @@ impl Server {
             readable: BTreeSet::new(),
             dirty: BTreeSet::new(),
             last_conn: 0,
+            locals: BTreeMap::new(),
             shared: Arc::default(),
             jobs,
             synced,
@@ -266,6 +271,9 @@ impl Server {
                 Ok(stream) => self.add(stream, now),
                 Err(e) => log::warn!("a connection of this process: {e}"),
             }
+        }
+        for ask in self.shared.take_asks() {
+            self.answer_local(ask, now);
         }
         while let Ok((volume, result)) = self.synced.try_recv() {
             let stamp = match result {
@@ -374,7 +382,38 @@ impl Server {
                     Err(e) => self.machine.on_garbage(conn, &e.to_string(), now),
                 }
             }
+            Message::Resolve(ask) if !answer => self.resolve(conn, id, ask, now),
             message => self.machine.on_message(conn, id, answer, message, now),
+        }
+    }
+    /// A decision about a conflict: first it is looked at what it would change.
+    fn resolve(&mut self, conn: ConnId, id: u64, ask: Resolve, now: Instant) {
+        let touched = match self.machine.volume_of(conn) {
+            Some(volume) => {
+                let choice = conflicts::choice(&ask.choice);
+                let touched = self.volumes[volume].conflict_touches(&ask.id, &choice);
+                touched.map_err(|e| answer::failure(&e))
+            }
+            None => Ok(Vec::new()), // the machine says what that means
+        };
+        self.machine.on_resolve(conn, id, ask, touched, now);
+    }
+    /// Somebody in this process has a question about conflicts.
+    fn answer_local(&mut self, ask: LocalAsk, now: Instant) {
+        let of_name = |volume: &Volume| volume.name() == ask.volume;
+        let Some(no) = self.volumes.iter().position(of_name) else { return };
+        match ask.message {
+            Message::Resolve(resolve) => {
+                self.last_conn += 1;
+                let conn = ConnId(self.last_conn);
+                self.locals.insert(conn, ask.reply);
+                self.machine.on_local(conn, no, now);
+                self.resolve(conn, 0, resolve, now);
+            }
+            message => {
+                let (answer, _) = answer::answer(&mut self.volumes[no], 0, &message);
+                let _ = ask.reply.send(answer); // who has asked may have given up
+            }
         }
     }
     fn flush(&mut self, conn: ConnId, now: Instant) {
@@ -389,6 +428,7 @@ impl Server {
         }
     }
     fn drop_conn(&mut self, conn: ConnId) {
+        self.locals.remove(&conn);
         if let Some(gone) = self.conns.remove(&conn) {
             self.bytes_in += gone.bytes_in();
             self.bytes_out += gone.bytes_out();
@@ -400,7 +440,7 @@ impl Server {
         while let Some(effect) = self.machine.poll() {
             match effect {
                 Effect::Send { conn, background, id, answer, message } => {
-                    self.send(conn, background, (id, answer), &message);
+                    self.send(conn, background, (id, answer), &message, now);
                 }
                 Effect::Close { conn, why } => {
                     match why {
@@ -445,7 +485,13 @@ impl Server {
                     if let Some((_, what)) = &applied.failure {
                         self.last_error = Some(what.clone());
                     }
+                    self.machine.on_conflicts(volume, self.volumes[volume].conflicts());
                     self.machine.on_applied(ticket, volume, applied, now);
+                }
+                Effect::Resolve { volume, ticket, ask } => {
+                    let (applied, what) = answer::resolve(&mut self.volumes[volume], &ask);
+                    self.machine.on_conflicts(volume, self.volumes[volume].conflicts());
+                    self.machine.on_resolved(ticket, volume, applied, what, now);
                 }
                 Effect::Live { volume, nodes } => self.volumes[volume].keep_live(&nodes),
                 Effect::Sync { volume } => {
@@ -464,7 +510,12 @@ impl Server {
         background: bool,
         (id, answer): (u64, bool),
         message: &Message,
+        now: Instant,
     ) {
+        if let (true, Some(reply)) = (answer, self.locals.remove(&conn)) {
+            let _ = reply.send(message.clone()); // who has asked may have given up
+            return self.machine.on_local_over(conn, now);
+        }
         let Some(to) = self.conns.get_mut(&conn) else { return };
         let lane = if background { Lane::Background } else { Lane::Foreground };
         if let Err(fault) = to.send(lane, id, answer, message) {

@@ -26,5 +26,6 @@ mod conflict;
 mod live;
 mod nodes;
 mod redo;
+pub mod resolve;
 mod spool;
 pub mod volume;

@@ -15,6 +15,7 @@
 #![allow(dead_code)] // each test file uses its part
 #![allow(clippy::unwrap_used)] // in tests it is the message
 
+pub mod cable;
 pub mod compare;
 pub mod ops;
 pub mod tree;

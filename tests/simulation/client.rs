@@ -472,7 +472,7 @@ impl Client {
                 let what = format!("it kept {} and has {}", ours.0, theirs.0);
                 ctx.fail(format!("c{}: the server lost acknowledged records: {what}", self.no));
             }
-            Effect::SpaceIs(_) => {}
+            Effect::SpaceIs(_) | Effect::Conflicts(_) | Effect::ConflictAnswer { .. } => {}
             Effect::SetOnline(online) => {
                 ctx.tell(|| format!("c{}: online: {online}", self.no));
                 self.cache.online = online;

@@ -216,6 +216,7 @@ impl Server {
                     }
                     machine.on_applied(ticket, 0, applied, now);
                 }
+                Effect::Resolve { .. } => unreachable!("no client here decides anything"),
                 Effect::Live { nodes, .. } => self.expected = nodes,
                 Effect::Sync { .. } => {
                     self.syncing = Some(self.volume.clone());

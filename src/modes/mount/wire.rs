@@ -15,6 +15,7 @@ use crate::lento::message::Space;
 use crate::lento::rights::Mode;
 use crate::modes::{Exit, Failure};
 use crate::net::client::{self, FirstContact, Handle, Notify};
+use crate::net::conflicts::Ask;
 use crate::net::control::{Answer, Status};
 use crate::presto::device::Kernel;
 use crate::presto::filter::{Filter, Lento, LockDone, Want};
@@ -208,6 +209,8 @@ impl<F: Fn() + Send + Sync> Answer for Told<F> {
             cache_clean_bytes: s.clean_len,
             cache_dirty_bytes: s.dirty_len,
             conflicts: s.conflicts,
+            saved_records: s.saved_records,
+            saved_bytes: s.saved_len,
             journal_bytes: self.filter.cache.log.bytes(),
             requests_foreground: s.requests_foreground,
             messages: s.messages,
@@ -236,5 +239,9 @@ impl<F: Fn() + Send + Sync> Answer for Told<F> {
 
     fn shutdown(&self) {
         (self.shutdown)();
+    }
+
+    fn conflicts(&self, ask: Ask) -> Result<serde_json::Value, String> {
+        self.handle.conflicts(ask)
     }
 }

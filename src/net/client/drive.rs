@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender};
 
 use super::files::{answer_of, bytes_of, remote, remote_page};
 use super::work::{Job, Worker};
@@ -56,6 +56,9 @@ pub(super) struct Driver {
     next_ticket: Ticket,
     /// who asked for a lock, or after one, by number
     locks: HashMap<u64, LockWaiter>,
+    /// who has asked about conflicts, by number
+    conflicts: HashMap<u64, Sender<Result<Message, Failed>>>,
+    last_conflict: u64,
     /// own records whose acknowledgement somebody waits for, and since when nothing moves
     waiting: Vec<(Seq, Instant, Waiter)>,
     listings: HashMap<Fid, Listing>,
@@ -128,6 +131,8 @@ impl Driver {
             tickets: HashMap::new(),
             next_ticket: 0,
             locks: HashMap::new(),
+            conflicts: HashMap::new(),
+            last_conflict: 0,
             waiting: Vec::new(),
             listings: HashMap::new(),
             failed: HashMap::new(),
@@ -231,6 +236,12 @@ impl Driver {
             In::WantSpace => self.machine.on_want_space(),
             In::Lock(number, ask, then) => self.on_lock(number, ask, then, now),
             In::CancelLock(number) => self.machine.on_lock_cancel(number),
+            In::Conflicts(message, reply) => {
+                self.last_conflict += 1;
+                if self.machine.on_conflict_ask(self.last_conflict, message) {
+                    self.conflicts.insert(self.last_conflict, reply);
+                }
+            }
             In::BreakDone { generation, id } if generation == self.generation => {
                 self.machine.on_break_done(id);
             }
@@ -315,6 +326,7 @@ impl Driver {
             }
             Effect::Resolve { ticket, how } => self.resolve(ticket, how),
             Effect::Welcomed { node, volume_id, volume } => {
+                self.shared.facts().conflicts = 0; // it says at once if there are any
                 self.on_welcomed(node, volume_id, volume);
             }
             Effect::Refused { code, what } => self.on_refused(code, what),
@@ -374,6 +386,12 @@ impl Driver {
             Effect::SpaceIs(space) => {
                 let mut held = self.shared.space.lock().unwrap_or_else(|e| e.into_inner());
                 held.0 = space;
+            }
+            Effect::Conflicts(count) => self.shared.facts().conflicts = count,
+            Effect::ConflictAnswer { number, how } => {
+                if let Some(reply) = self.conflicts.remove(&number) {
+                    let _ = reply.send(how); // who has asked may have given up
+                }
             }
             Effect::LockEnded { number, how } => self.lock_ended(number, how),
             Effect::LockLost { lock } => self.lock_lost(&lock),
@@ -472,8 +490,8 @@ impl Driver {
         self.notify(notices, Box::new(|| ()));
         self.shared.acked.store(upto.0, Ordering::Release);
         if !conflicts.is_empty() {
-            log::warn!("{} changes lost to changes of others: see .imz-conflicts", conflicts.len());
-            self.shared.facts().conflicts += conflicts.len() as u64;
+            let count = conflicts.len();
+            log::info!("of {count} objects the server keeps what others made of them");
         }
         for (_, since, _) in &mut self.waiting {
             *since = now;

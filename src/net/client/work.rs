@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -16,11 +17,12 @@ use super::In;
 use crate::kml::codec::{self, Outcome};
 use crate::kml::log::LogError;
 use crate::kml::optimise::optimise;
-use crate::kml::record::{Op, Record, Seq, Stamp};
+use crate::kml::record::{Op, Range, Record, Seq, Stamp};
 use crate::lento::message::{BATCH_RECORDS_MAX, Batch, INLINE_LEN_MAX, Item, PAGE_LEN};
 use crate::net::poll::Waker;
 use crate::replica::cache::{Cache, CacheError};
 use crate::replica::merge::is_kept;
+use crate::replica::meta::Meta;
 use crate::replica::pending::data_len;
 use crate::replica::tree::TreeError;
 use crate::sys::fs::{self, o};
@@ -72,20 +74,36 @@ impl Worker {
     }
 }
 
-pub(super) fn start(cache: Arc<Cache>, tell: Sender<In>, waker: Waker) -> std::io::Result<Worker> {
+/// What the optimiser saved since the start.
+#[derive(Default)]
+pub(super) struct Saved {
+    pub records: AtomicU64,
+    /// of contents, bytes
+    pub len: AtomicU64,
+}
+
+pub(super) fn start(
+    cache: Arc<Cache>,
+    tell: Sender<In>,
+    waker: Waker,
+    saved: Arc<Saved>,
+) -> std::io::Result<Worker> {
     let (jobs, todo) = unbounded();
     let thread = std::thread::Builder::new()
         .name("imz-worker".into())
-        .spawn(move || run(&cache, &todo, &tell, &waker))?;
+        .spawn(move || run(&cache, &todo, &tell, (&waker, &saved)))?;
     Ok(Worker { jobs: Some(jobs), thread: Some(thread) })
 }
 
-fn run(cache: &Cache, todo: &Receiver<Job>, tell: &Sender<In>, waker: &Waker) {
+fn run(cache: &Cache, todo: &Receiver<Job>, tell: &Sender<In>, (waker, saved): (&Waker, &Saved)) {
     let mut cutter = Cutter::default();
+    let mut counted = Seq(0);
     for job in todo {
         match job {
             Job::Cut { generation, after, upto } => {
-                let cut = cutter.cut(cache, after, upto);
+                let cut = cutter.cut(cache, after, upto, &mut |read, left| {
+                    saved.count(read, left, &mut counted);
+                });
                 if tell.send(In::Cut { generation, cut }).is_ok() {
                     waker.wake();
                 }
@@ -116,6 +134,23 @@ fn keep(cache: &Cache, acked: Seq, current: Stamp) -> Result<(), CacheError> {
     Ok(())
 }
 
+impl Saved {
+    /// Counts each record once, however often it is read: those up to `counted` were.
+    fn count(&self, read: &[(Seq, Record)], left: &[(Seq, Record)], counted: &mut Seq) {
+        let sum = |all: &[(Seq, Record)]| {
+            let fresh = all.iter().filter(|(seq, _)| seq > counted);
+            fresh.fold((0, 0), |(count, len), (_, it)| (count + 1, len + data_len(it)))
+        };
+        let (before, after) = (sum(read), sum(left));
+        // a folded store may announce more than the one whose place it takes
+        self.records.fetch_add(before.0 - after.0, Ordering::Relaxed);
+        self.len.fetch_add(before.1.saturating_sub(after.1), Ordering::Relaxed);
+        *counted = read.last().map_or(*counted, |(seq, _)| *seq.max(counted));
+    }
+}
+
+type Count<'a> = dyn FnMut(&[(Seq, Record)], &[(Seq, Record)]) + 'a;
+
 /// Reads ahead in the journal, so that what is optimised together may travel in several batches.
 #[derive(Default)]
 struct Cutter {
@@ -126,21 +161,23 @@ struct Cutter {
 }
 
 impl Cutter {
-    fn cut(&mut self, cache: &Cache, after: Seq, upto: Seq) -> Cut {
+    /// `count` is told what was read, and what of it is left.
+    fn cut(&mut self, cache: &Cache, after: Seq, upto: Seq, count: &mut Count<'_>) -> Cut {
         if after != self.cut || self.read < self.cut {
             *self = Cutter { ready: VecDeque::new(), cut: after, read: after };
         }
         if self.read == self.cut {
-            self.read_on(cache, upto)?;
+            self.read_on(cache, upto, count)?;
         }
         if self.read == self.cut {
             return Ok(None);
         }
         let (mut items, mut len, mut content_len) = (Vec::new(), 0, 0);
-        while let Some((seq, record)) = self.ready.front() {
+        while let Some((seq, record)) = self.ready.front_mut() {
             if items.len() == BATCH_RECORDS_MAX || len >= PAGE_LEN {
                 break;
             }
+            make_whole(cache, record);
             let wire = codec::encode_wire(record, *seq).map_err(LogError::Unwritable)?;
             let data = content(cache, record);
             if data.as_ref().is_some_and(|data| (data.len() as u64) < data_len(record)) {
@@ -160,7 +197,7 @@ impl Cutter {
         Ok(Some((Batch { after, upto: self.cut, items }, content_len)))
     }
 
-    fn read_on(&mut self, cache: &Cache, upto: Seq) -> Result<(), LogError> {
+    fn read_on(&mut self, cache: &Cache, upto: Seq, count: &mut Count<'_>) -> Result<(), LogError> {
         let upto = upto.min(cache.log.settled_through());
         // What was trimmed is at the server, unless it lost it: then there is nothing to be done.
         let from = self.cut.next().max(cache.log.first());
@@ -180,8 +217,24 @@ impl Cutter {
                 records.push((entry.seq, entry.record));
             }
         }
-        self.ready = optimise(&records).into();
+        let left = optimise(&records);
+        count(&records, &left);
+        self.ready = left.into();
         Ok(())
+    }
+}
+
+/// A store of some ranges of a file that others have changed since is most likely a conflict: then
+/// all of the file goes, as it is here, so that the server can preserve this version whole.
+fn make_whole(cache: &Cache, record: &mut Record) {
+    let Op::Store { fid, size, ranges, .. } = &mut record.op else { return };
+    let is_whole = ranges.iter().map(|range| range.len).sum::<u64>() >= *size;
+    if is_whole || *size == 0 {
+        return;
+    }
+    let is_here = |meta: Meta| meta.stale && meta.complete;
+    if cache.tree.find(*fid).is_ok_and(|(_, _, meta)| is_here(meta)) {
+        *ranges = vec![Range { at: 0, len: *size }];
     }
 }
 

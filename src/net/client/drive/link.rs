@@ -125,6 +125,7 @@ impl Driver {
     pub(super) fn unlink(&mut self) {
         self.link = Link::None;
         self.reads.clear();
+        self.conflicts.clear(); // who waits is told by that
         self.listings.clear();
         self.cache.pending().take_back();
         // Answers of the old connection must not reach the new one.
