@@ -38,8 +38,10 @@ use crate::kml::recover::{self, Spot};
 use crate::kml::store::{Dir, Segment, Store, segment_name, segments_in};
 use crate::sys::crash;
 
-/// Length of a segment unless told otherwise, bytes: some 30,000 records.
-pub const SEGMENT_LEN: usize = 8 << 20;
+/// Length of a segment unless told otherwise, bytes: some 30,000 records. Where crashes are tried
+/// it is short, so that it is met how one ends.
+pub const SEGMENT_LEN: usize =
+    if cfg!(feature = "crash-points") { SEGMENT_LEN_MIN } else { 8 << 20 };
 /// Shortest segment, bytes: the longest record fits.
 pub const SEGMENT_LEN_MIN: usize = 256 << 10;
 /// Longest segment, bytes.

@@ -116,7 +116,7 @@ impl Tree {
             return Err(e);
         }
         self.index.set(meta.fid, dir.fid, name);
-        fs::utimes(dir, name.as_bytes(), at(when), at(when))?;
+        self.set_times(dir, name, when)?;
         self.touch(dir, when)
     }
 
@@ -242,6 +242,11 @@ impl Tree {
             }
         }
         Ok(())
+    }
+
+    /// Gives a new object the time of its record.
+    pub fn set_times(&self, dir: &Dir, name: &Name, when: Time) -> Result<()> {
+        Ok(fs::utimes(dir, name.as_bytes(), at(when), at(when))?)
     }
 
     /// Sets a directory's modification time.

@@ -41,7 +41,12 @@ pub fn settle(tree: &Tree, record: &Record, epoch: u32) -> Result<Outcome> {
             if at_place(tree, at)? == Seen::Nameless {
                 adopt(tree, at, *fid, record, epoch)?;
             }
-            at_place(tree, at)? == Seen::Object(*fid)
+            let made = at_place(tree, at)? == Seen::Object(*fid);
+            if made {
+                // the last step of its making: nobody was told of it, so nobody has changed it since
+                tree.set_times(&*tree.dir(at.dir)?, &at.name, time_of_ns(record.time_ns))?;
+            }
+            made
         }
         Op::Link { at, fid, .. } => at_place(tree, at)? == Seen::Object(*fid),
         Op::Rename { to, fid, .. } => at_place(tree, to)? == Seen::Object(*fid),

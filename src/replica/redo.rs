@@ -9,6 +9,7 @@
 
 use super::apply::Content;
 use super::meta::Meta;
+use super::ops::time_of_ns;
 use super::tree::TreeError;
 use super::volume::{CURSOR, Result, Volume, VolumeError};
 use crate::kml::codec::{Entry, Outcome};
@@ -65,7 +66,14 @@ impl Volume {
             | Op::Mkdir { at, fid, .. }
             | Op::Symlink { at, fid, .. }
             | Op::Mknod { at, fid, .. } => {
-                if self.adopt(at, *fid, (record.origin.node, stamp))? {
+                let adopted = self.adopt(at, *fid, (record.origin.node, stamp))?;
+                let half_made =
+                    entry.outcome == Outcome::Intended && self.fid_at(at)? == Some(*fid);
+                if adopted || half_made {
+                    // the last step of its making
+                    let dir = self.dir(at.dir)?;
+                    self.tree.set_times(&dir, &at.name, time_of_ns(record.time_ns))?;
+                    self.tree.touch(&dir, time_of_ns(record.time_ns))?;
                     return Ok(true);
                 }
                 self.fid_at(at)?.is_none() && self.is_gone(*fid)

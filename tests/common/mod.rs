@@ -24,6 +24,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc;
@@ -202,11 +203,14 @@ pub fn is_mounted(point: &Path) -> bool {
 struct Process {
     child: Option<Child>,
     log: NamedTempFile,
+    /// where its next life ends (src/sys/crash.rs)
+    crash_at: Option<String>,
+    lives: usize,
 }
 
 impl Process {
     fn new() -> Process {
-        Process { child: None, log: NamedTempFile::new().unwrap() }
+        Process { child: None, log: NamedTempFile::new().unwrap(), crash_at: None, lives: 0 }
     }
 
     fn start(&mut self, words: &[OsString]) {
@@ -214,6 +218,10 @@ impl Process {
         let log = self.log.reopen().unwrap();
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null());
+        self.lives += 1;
+        if let Some(point) = self.crash_at.take() {
+            command.env("IMZ_CRASH_AT", point);
+        }
         // all lives write to the end of one file
         let log = File::options().append(true).open(self.log.path()).unwrap_or(log);
         self.child = Some(command.stderr(log).spawn().unwrap());
@@ -233,6 +241,16 @@ impl Process {
     fn ended(&mut self) -> Option<String> {
         let status = self.child.as_mut()?.try_wait().unwrap()?;
         Some(status.to_string())
+    }
+
+    /// Whether it ended by SIGKILL; then it is gone.
+    fn crashed(&mut self) -> bool {
+        let status = self.child.as_mut().and_then(|child| child.try_wait().unwrap());
+        let crashed = status.is_some_and(|it| it.signal() == Some(Signal::KILL.as_raw()));
+        if crashed {
+            self.child = None;
+        }
+        crashed
     }
 
     fn signal(&self, signal: Signal) {
@@ -297,15 +315,43 @@ impl Server {
     }
 
     pub fn serve(dir: &Path, state: &Path) -> Server {
-        let process = Process::new();
+        Server::serve_until(dir, state, None)
+    }
+
+    /// Its first life ends at a crash point, perhaps before it serves.
+    pub fn serve_until(dir: &Path, state: &Path, crash_at: Option<String>) -> Server {
+        let mut process = Process::new();
+        process.crash_at = crash_at;
         let mut server = Server { dir: dir.to_owned(), state: state.to_owned(), port: 0, process };
-        server.restart();
+        if !server.try_restart() {
+            server.restart();
+        }
         server
+    }
+
+    /// The next life ends there.
+    pub fn crash_at(&mut self, point: &str) {
+        self.process.crash_at = Some(point.to_owned());
+    }
+
+    pub fn lives(&self) -> usize {
+        self.process.lives
+    }
+
+    /// True when a crash point was met; then another life may begin.
+    pub fn crashed(&mut self) -> bool {
+        self.process.crashed()
     }
 
     /// Another life, on the same port and state.
     #[track_caller]
     pub fn restart(&mut self) {
+        assert!(self.try_restart(), "it met a crash point");
+    }
+
+    /// False when it met a crash point before it served.
+    #[track_caller]
+    pub fn try_restart(&mut self) -> bool {
         let before = self.process.said().len();
         let export = OsString::from_iter([OsStr::new(VOLUME), OsStr::new("="), self.dir.as_ref()]);
         let listen = format!("127.0.0.1:{}", self.port);
@@ -313,7 +359,12 @@ impl Server {
         let words = [&words[..], &["--state".into(), self.state.clone().into()]].concat();
         self.process.start(&words);
         let (process, mut port) = (&mut self.process, None);
+        let mut crashed = false;
         wait_for("the server says that it serves", 20, || {
+            crashed = process.crashed();
+            if crashed {
+                return true;
+            }
             let said = process.said();
             let line = said[before..].lines().find(|it| it.contains("serving ")).map(str::to_owned);
             port = line.and_then(|it| it.rsplit(':').next()?.trim().parse().ok());
@@ -321,7 +372,8 @@ impl Server {
             assert!(end.is_none(), "the server ended at once ({end:?}): {}", process.said());
             port.is_some()
         });
-        self.port = port.unwrap();
+        self.port = port.unwrap_or(self.port);
+        !crashed
     }
 
     pub fn dir(&self) -> &Path {
@@ -413,9 +465,64 @@ impl Mount {
         mount
     }
 
+    /// Its first life ends at a crash point, perhaps before it is mounted.
+    #[track_caller]
+    pub fn until(source: &str, cache: &Path, options: &str, crash_at: Option<String>) -> Mount {
+        let (cache, options) = (cache.to_owned(), options.to_owned());
+        let mut process = Process::new();
+        process.crash_at = crash_at;
+        let (point, source) = (mount_point(), source.into());
+        let mut mount = Mount { point, cache, source, options, process, alive: None };
+        if !mount.try_again() {
+            mount.again();
+        }
+        mount
+    }
+
+    /// The next life ends there.
+    pub fn crash_at(&mut self, point: &str) {
+        self.process.crash_at = Some(point.to_owned());
+    }
+
+    pub fn lives(&self) -> usize {
+        self.process.lives
+    }
+
+    /// Waits for its end after an unmount; false when it met a crash point on the way.
+    #[track_caller]
+    pub fn ended_well(&mut self) -> bool {
+        let mut crashed = false;
+        wait_for("the mount ends", 20, || {
+            crashed = self.crashed();
+            crashed || self.process.ended().is_some()
+        });
+        self.process.kill();
+        self.alive = None;
+        !crashed
+    }
+
+    /// True when a crash point was met: what it left is cleaned up, another life may begin.
+    #[track_caller]
+    pub fn crashed(&mut self) -> bool {
+        let crashed = self.process.crashed();
+        if crashed {
+            self.alive = None;
+            if is_mounted(&self.point) {
+                self.umount_dead();
+            }
+        }
+        crashed
+    }
+
     /// Another life of the same mount: same cache, same mount point.
     #[track_caller]
     pub fn again(&mut self) {
+        assert!(self.try_again(), "it met a crash point");
+    }
+
+    /// False when it met a crash point before it was mounted.
+    #[track_caller]
+    pub fn try_again(&mut self) -> bool {
         let mut words = vec![imz().into(), "mount".into(), self.source.clone()];
         words.extend([self.point.clone().into(), "--cache".into(), self.cache.clone().into()]);
         words.push("-f".into());
@@ -427,11 +534,23 @@ impl Mount {
         self.process.start(&words);
         self.alive = Some(watch(self.process.pid()));
         let (process, point) = (&mut self.process, &self.point);
+        let mut crashed = false;
         wait_for("it is mounted", 20, || {
+            crashed = process.crashed();
+            if crashed {
+                return true;
+            }
             let end = process.ended();
             assert!(end.is_none(), "the mount ended at once ({end:?}): {}", process.said());
             is_mounted(point) && imz_run(&[OsStr::new("status"), point.as_ref()]).0 == 0
         });
+        if crashed {
+            self.alive = None;
+            if is_mounted(&self.point) {
+                self.umount_dead();
+            }
+        }
+        !crashed
     }
 
     /// The mount point.
@@ -445,6 +564,10 @@ impl Mount {
 
     pub fn at(&self, path: impl AsRef<Path>) -> PathBuf {
         self.point.join(path)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.pid().as_raw_nonzero().get().unsigned_abs()
     }
 
     /// SIGSTOP.
