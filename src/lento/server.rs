@@ -323,7 +323,7 @@ impl Server {
     }
     /// He has his answer.
     pub fn on_local_over(&mut self, conn: ConnId, now: Instant) {
-        self.on_gone(conn, None, now);
+        self.on_gone(conn, now, now);
     }
 
     pub fn on_connect(&mut self, conn: ConnId, now: Instant) {
