@@ -4,24 +4,30 @@
 //! [`Stream`] is. Readiness is edge-triggered: after an event the owner reads or writes until
 //! [`io::ErrorKind::WouldBlock`], or comes back by itself; no second event says the same again.
 //! Absent on purpose: timers (the machines say when they want to be woken; that is the timeout of
-//! [`Loop::wait`]) and buffers (conn.rs).
+//! [`Loop::wait`], which counts time that the machine sleeps) and buffers (conn.rs).
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mio::unix::SourceFd;
 use mio::{Interest, event::Source};
+
+use crate::sys::clock::Alarm;
 
 /// Most events that one wait returns.
 const EVENTS_MAX: usize = 256;
 const TOKEN_WAKER: mio::Token = mio::Token(usize::MAX);
 const TOKEN_SIGNAL: mio::Token = mio::Token(usize::MAX - 1);
+const TOKEN_ALARM: mio::Token = mio::Token(usize::MAX - 2);
+/// Shorter waits need no alarm: nobody minds when they last a little longer after a sleep.
+const ALARM_MIN: Duration = Duration::from_secs(1);
 
-/// The owner's name for a socket in the loop. The two largest numbers are the loop's own.
+/// The owner's name for a socket in the loop. The three largest numbers are the loop's own.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Token(pub usize);
 
@@ -231,16 +237,20 @@ pub struct Loop {
     poll: mio::Poll,
     events: mio::Events,
     waker: Waker,
+    alarm: Alarm,
     signals: Option<mio::net::UnixStream>,
 }
 
 impl Loop {
     /// # Errors
-    /// As epoll_create(2) and eventfd(2).
+    /// As epoll_create(2), eventfd(2) and timerfd_create(2).
     pub fn new() -> io::Result<Loop> {
         let poll = mio::Poll::new()?;
         let waker = Waker(Arc::new(mio::Waker::new(poll.registry(), TOKEN_WAKER)?));
-        Ok(Loop { poll, events: mio::Events::with_capacity(EVENTS_MAX), waker, signals: None })
+        let (alarm, events) = (Alarm::new()?, mio::Events::with_capacity(EVENTS_MAX));
+        let mut source = SourceFd(&alarm.as_raw_fd());
+        poll.registry().register(&mut source, TOKEN_ALARM, Interest::READABLE)?;
+        Ok(Loop { poll, events, waker, alarm, signals: None })
     }
     /// A handle that ends this loop's wait from any thread.
     pub fn waker(&self) -> Waker {
@@ -285,6 +295,9 @@ impl Loop {
     /// As epoll_wait(2); an interrupted wait is one without events.
     pub fn wait(&mut self, timeout: Option<Duration>, out: &mut Vec<Event>) -> io::Result<()> {
         out.clear();
+        if let Some(pause) = timeout.filter(|pause| *pause >= ALARM_MIN) {
+            self.alarm.set(pause)?;
+        }
         // epoll counts milliseconds and mio rounds up: no busy turn just before an instant
         match self.poll.poll(&mut self.events, timeout) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(()),
@@ -293,6 +306,7 @@ impl Loop {
         for event in &self.events {
             match event.token() {
                 TOKEN_WAKER => out.push(Event::Woken),
+                TOKEN_ALARM => {} // the wait has ended, which is all
                 TOKEN_SIGNAL => {
                     let mut bytes = [0; 64];
                     if let Some(pipe) = &mut self.signals {

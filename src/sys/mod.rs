@@ -2,6 +2,7 @@
 //! io_uring.
 
 pub mod boot;
+pub mod clock;
 pub mod crash;
 pub mod cred;
 pub mod daemon;
