@@ -19,6 +19,9 @@ _imz() {
             imz,conflicts)
                 cmd="imz__subcmd__conflicts"
                 ;;
+            imz,evict)
+                cmd="imz__subcmd__evict"
+                ;;
             imz,help)
                 cmd="imz__subcmd__help"
                 ;;
@@ -27,6 +30,9 @@ _imz() {
                 ;;
             imz,mount)
                 cmd="imz__subcmd__mount"
+                ;;
+            imz,pin)
+                cmd="imz__subcmd__pin"
                 ;;
             imz,serve)
                 cmd="imz__subcmd__serve"
@@ -39,6 +45,9 @@ _imz() {
                 ;;
             imz,umount)
                 cmd="imz__subcmd__umount"
+                ;;
+            imz,unpin)
+                cmd="imz__subcmd__unpin"
                 ;;
             imz__subcmd__conflicts,diff)
                 cmd="imz__subcmd__conflicts__subcmd__diff"
@@ -73,6 +82,9 @@ _imz() {
             imz__subcmd__help,conflicts)
                 cmd="imz__subcmd__help__subcmd__conflicts"
                 ;;
+            imz__subcmd__help,evict)
+                cmd="imz__subcmd__help__subcmd__evict"
+                ;;
             imz__subcmd__help,help)
                 cmd="imz__subcmd__help__subcmd__help"
                 ;;
@@ -81,6 +93,9 @@ _imz() {
                 ;;
             imz__subcmd__help,mount)
                 cmd="imz__subcmd__help__subcmd__mount"
+                ;;
+            imz__subcmd__help,pin)
+                cmd="imz__subcmd__help__subcmd__pin"
                 ;;
             imz__subcmd__help,serve)
                 cmd="imz__subcmd__help__subcmd__serve"
@@ -93,6 +108,9 @@ _imz() {
                 ;;
             imz__subcmd__help,umount)
                 cmd="imz__subcmd__help__subcmd__umount"
+                ;;
+            imz__subcmd__help,unpin)
+                cmd="imz__subcmd__help__subcmd__unpin"
                 ;;
             imz__subcmd__help__subcmd__conflicts,diff)
                 cmd="imz__subcmd__help__subcmd__conflicts__subcmd__diff"
@@ -128,7 +146,7 @@ _imz() {
 
     case "${cmd}" in
         imz)
-            opts="-v -h -V --verbose --help --version serve mount umount sync status conflicts kml help"
+            opts="-v -h -V --verbose --help --version serve mount umount sync status pin unpin evict conflicts kml help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -299,8 +317,22 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__evict)
+            opts="-v -h -V --all --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__help)
-            opts="serve mount umount sync status conflicts kml help"
+            opts="serve mount umount sync status pin unpin evict conflicts kml help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -383,6 +415,20 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__help__subcmd__evict)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__help__subcmd__help)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -439,6 +485,20 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__help__subcmd__pin)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__help__subcmd__serve)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -482,6 +542,20 @@ _imz() {
             return 0
             ;;
         imz__subcmd__help__subcmd__umount)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__unpin)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -599,6 +673,24 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__pin)
+            opts="-v -h -V --priority --no-wait --list --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --priority)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__serve)
             opts="-v -h -V --listen --state --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -664,6 +756,20 @@ _imz() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__unpin)
+            opts="-v -h -V --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 *)
                     COMPREPLY=()
                     ;;

@@ -61,6 +61,9 @@ pub enum Command {
     Umount(UmountArgs),
     Sync(SyncArgs),
     Status(StatusArgs),
+    Pin(PinArgs),
+    Unpin(UnpinArgs),
+    Evict(EvictArgs),
     Conflicts(ConflictsArgs),
     Kml(KmlArgs),
 }
@@ -74,6 +77,9 @@ impl Command {
             Command::Umount(_) => "umount",
             Command::Sync(_) => "sync",
             Command::Status(_) => "status",
+            Command::Pin(_) => "pin",
+            Command::Unpin(_) => "unpin",
+            Command::Evict(_) => "evict",
             Command::Conflicts(_) => "conflicts",
             Command::Kml(_) => "kml",
         }
@@ -148,7 +154,12 @@ Mount options:
   cache=DIR          as --cache
   age=DURATION       how long a change ages before it is shipped, so that short-lived files stay
                      here (default 2s; 0 ships at once)
+  cache-max=SIZE     how much data the cache may hold; what the server has gives way, the least
+                     recently used first (default: no limit)
   timeout=DURATION   how long the server may be silent before it counts as away (default 10s)
+  offline=error      what is not in the cache fails with EHOSTUNREACH while the server is away
+                     (default)
+  offline=wait       it waits until the server is back; who waits can be interrupted and killed
   passthrough=auto   data of cached files goes past the daemon where the kernel allows it (default)
   passthrough=off    all data goes through the daemon
   coherence=close-to-open
@@ -167,7 +178,45 @@ Mount options:
   defaults, auto, noauto, user, users, nofail, _netdev, relatime, x-* and the like
                      accepted, and left to mount(8)
 
-Durations are numbers with a unit: 500ms, 2s, 1min, 1h; a plain number is seconds.
+Durations are numbers with a unit: 500ms, 2s, 1min, 1h; a plain number is seconds. Sizes are
+numbers with K, M, G or T for powers of 1024; a plain number is bytes.
+
+The server away:
+  A mount whose cache knows its volume comes up without the server, within 3 s, and says so; so
+  it does when the name of the server cannot be resolved. It is known that the server is away
+
+      at once, when the network has no way to it, or its name cannot be resolved
+      after 3 s (or timeout=, if that is shorter), when it has closed the connection or refuses it
+      when it was silent for 8 s (or four fifths of timeout=)
+
+  and from then on nobody waits for it. Until then who needs it waits, since it may only be
+  starting again. While it is away
+
+      what is cached      can be read, listed and changed in full; changes are journaled
+      a stub              (a file that was listed, not read) has its name and attributes; to
+                          open or read it fails, and so does a range of a large file that is
+                          not here. It can be removed, renamed, truncated to nothing, chmoded
+      a directory that was never listed
+                          fails to be listed, and so does a look for a name in it; what is made
+                          there is made, unless the name has to be looked up first
+      a name that a listed directory does not have
+                          does not exist (ENOENT), as it was when it was listed
+      flock and fcntl     lock among the processes of this machine
+      df                  gives what the server said last
+
+  To fail is EHOSTUNREACH (No route to host), or with offline=wait the process waits. fsync with
+  -o sync fails with it after timeout=, in both cases. The client tries to connect again after
+  0.1 s, then twice as long each time up to 10 s, by chance between half and the whole of that;
+  imz sync and imz umount try at once. A machine that was suspended knows at its return how long
+  it slept: what it may do without asking ends in time.
+
+The limit of the cache:
+  cache-max= counts all data in the cache. Over it files give up their data and become stubs,
+  until a tenth of it is free: first those that nobody opened or fetched since this mount was made,
+  then the others, the least recently opened or fetched first (of the last 65,536). Never files
+  that the server does not have in full, that are open or mapped, or pinned, and nothing that
+  was used in the last 2 s. While the server is away nothing is evicted, for it could not be fetched
+  again. When what must stay is more than the limit, imz status says so.
 
 Examples:
   Mount a volume of a server:
@@ -283,8 +332,8 @@ pub struct UmountArgs {
     pub mountpoint: PathBuf,
     /// Give up if not all is shipped by then, and leave the mount as it is
     ///
-    /// Without it imz waits as long as the server can be reached, and gives up when the server has
-    /// been away for 10 s. Durations are 500ms, 2s, 1min; a plain number is seconds.
+    /// Without it imz waits as long as the server can be reached, and gives up as soon as it is known
+    /// to be away (see imz-mount(1)). Durations are 500ms, 2s, 1min; a plain number is seconds.
     #[arg(long, value_name = "DURATION", value_parser = options::duration)]
     pub timeout: Option<Duration>,
     /// Do not wait for the server: the cache keeps what is pending, and its next mount ships it
@@ -304,8 +353,8 @@ pub struct SyncArgs {
     pub mountpoint: PathBuf,
     /// Give up if not all is shipped by then
     ///
-    /// Without it imz waits as long as the server can be reached, and gives up when the server has
-    /// been away for 10 s. Durations are 500ms, 2s, 1min; a plain number is seconds.
+    /// Without it imz waits as long as the server can be reached, and gives up as soon as it is known
+    /// to be away (see imz-mount(1)). Durations are 500ms, 2s, 1min; a plain number is seconds.
     #[arg(long, value_name = "DURATION", value_parser = options::duration)]
     pub timeout: Option<Duration>,
 }
@@ -320,12 +369,19 @@ pub struct SyncArgs {
 Keys of --json:
   mount, server, volume            where it is mounted, and what
   connected, since                 whether the server is there, and from when on (RFC 3339)
+  since_seconds                    how long ago that was, whatever the time of day was set to
+  away                             it is known that the server is away: nobody waits for it
   pending_records, pending_bytes   what the server has not acknowledged yet
   oldest_pending_seconds           age of the oldest such record
   rate_bytes_per_second            speed of shipping, lately
   cache, cache_clean_bytes, cache_dirty_bytes
                                    the cache directory; data that could be fetched again, and
                                    data that is nowhere else
+  cache_max_bytes                  the limit of both together; 0 is none
+  evicted_bytes                    data that gave way, or were evicted by hand, so far
+  pins, pinned_objects, pinned_bytes, pinned_missing_files
+                                   paths that are kept whole, what stands there, and how many files
+                                   of it are not here in full
   conflicts                        versions kept aside in the volume, waiting for a decision, as
                                    the server last said; imz conflicts lists them
   saved_records, saved_bytes       changes, and bytes of contents, that needed not be shipped since
@@ -468,6 +524,90 @@ pub enum ConflictChoice {
     Both,
     /// it is put at PATH
     Keep,
+}
+
+/// Keep files and directories whole in the cache
+///
+/// Fetches what is missing at each PATH and below it, with a progress bar, and keeps it: pinned data
+/// are never evicted, and what appears there at the server later is fetched in the background, at no
+/// more than 16 MiB and 500 questions a second. A pin is of a path, not of a file: what stands there
+/// is kept, also when a program puts a new file in the place of the old one. Pins are part of the
+/// cache and survive restarts.
+///
+/// Interrupting the command stops the waiting, not the fetching. The mount itself is not touched:
+/// its process is asked.
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Keys of --list --json, an array with an object for each pin:
+  mount, path                      where it is
+  path_hex                         the path in the volume, byte by byte
+  priority                         higher ones are fetched first
+  state, error                     new, fetching, whole, away (the server is), absent (nothing
+                                   stands there), failed (and why)
+  objects, bytes                   what stands there, and data of it that are here
+  missing_files, missing_bytes     what is still to be fetched
+
+Examples:
+  Have a project with you on the train:
+      imz pin /mnt/projects/plan
+  What is pinned, and is it all here?
+      imz pin --list
+
+The exit code is 3 when the server is away: what is missing comes when it is back. See imz(1) for the
+others.")]
+pub struct PinArgs {
+    /// Files or directories in a mount; with --list mount points
+    #[arg(value_name = "PATH", required_unless_present = "list")]
+    pub paths: Vec<PathBuf>,
+    /// What is fetched first: 0 to 100, higher ones before lower ones
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    #[arg(value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub priority: u8,
+    /// Do not wait until all of it is here
+    #[arg(long, conflicts_with = "list")]
+    pub no_wait: bool,
+    /// Show what is pinned, and whether it is all here
+    #[arg(long)]
+    pub list: bool,
+    /// The list as JSON
+    #[arg(long, requires = "list")]
+    pub json: bool,
+}
+
+/// Keep them no longer
+///
+/// What is in the cache of it stays, until other data need the room (see cache-max in imz-mount(1)) or
+/// imz evict is told to.
+#[derive(Args, Debug)]
+#[command(after_long_help = "See imz(1) for the exit codes; 5 says that it was not pinned.")]
+pub struct UnpinArgs {
+    /// Paths as they were pinned
+    #[arg(value_name = "PATH", required = true)]
+    pub paths: Vec<PathBuf>,
+}
+
+/// Make room: give up data that the server has
+///
+/// Files at each PATH and below it become stubs: names, sizes and attributes stay, data are fetched
+/// again when they are read. A file is refused, by name and with the reason, when the server does not
+/// have all of it yet, when it is open, mapped or run by a process, when it is pinned, or while it is
+/// being fetched. The exit code is 4 then, and what could go has gone.
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  Give up what is large and done with:
+      imz evict /mnt/projects/videos
+  Everything that may go:
+      imz evict --all /mnt/projects
+
+See imz(1) for the exit codes.")]
+pub struct EvictArgs {
+    /// Files or directories in a mount; with --all mount points
+    #[arg(value_name = "PATH", required = true)]
+    pub paths: Vec<PathBuf>,
+    /// All that may go of a whole mount; what may not is counted, and no failure
+    #[arg(long)]
+    pub all: bool,
 }
 
 /// Look into journals (KML)

@@ -47,6 +47,9 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::Umount(args) => modes::umount::run(args),
         Command::Sync(args) => modes::sync::run(args),
         Command::Status(args) => modes::status::run(args),
+        Command::Pin(args) => modes::pin::run(args),
+        Command::Unpin(args) => modes::unpin::run(args),
+        Command::Evict(args) => modes::evict::run(args),
         Command::Conflicts(args) => modes::conflicts::run(args),
         Command::Kml(args) => match &args.command {
             KmlCommand::Dump(args) => modes::kml::run(args),

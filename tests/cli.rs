@@ -59,8 +59,8 @@ fn page(name: &str, command: clap::Command) -> Vec<u8> {
     }
     page.extend_from_slice(roff(&after).as_bytes());
     let others = "imz(1), imz-serve(1), imz-mount(1), imz-umount(1), imz-sync(1), imz-status(1), \
-                  imz-conflicts(1), imz-kml-dump(1), imz-kml(5), imz-coherence(7), \
-                  imz-conflicts(7)";
+                  imz-pin(1), imz-unpin(1), imz-evict(1), imz-conflicts(1), imz-kml-dump(1), \
+                  imz-kml(5), imz-coherence(7), imz-conflicts(7)";
     let others: Vec<&str> = others.split(", ").filter(|it| *it != format!("{name}(1)")).collect();
     page.extend_from_slice(roff(&format!("See also:\n\n{}\n", others.join(", "))).as_bytes());
     page
@@ -251,6 +251,25 @@ fn mount_args(options: &[&str]) -> Result<MountArgs, String> {
 
 #[test]
 fn mount_options() {
+    let sizes = [("10", 10), ("5K", 5 << 10), ("3m", 3 << 20), ("20G", 20 << 30), ("1T", 1 << 40)];
+    for (text, want) in sizes {
+        let parsed = MountOption::parse(OsStr::new(&format!("cache-max={text}")));
+        assert_eq!(parsed, Ok(MountOption::CacheMax(want)), "{text}");
+    }
+    for bad in [
+        "cache-max",
+        "cache-max=",
+        "cache-max=0",
+        "cache-max=G",
+        "cache-max=1.5G",
+        "cache-max=-1",
+        "cache-max=99999999999T",
+        "cache-max=1KB",
+        "offline",
+        "offline=maybe",
+    ] {
+        assert!(MountOption::parse(OsStr::new(bad)).is_err(), "{bad}");
+    }
     let none = MountOptions::default();
     let table: [(&[&str], MountOptions); 8] = [
         (&[], none.clone()),

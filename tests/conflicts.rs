@@ -125,7 +125,8 @@ fn a_conflict_is_shown_and_decided_from_any_client() {
     let line = list.lines().find(|line| line.starts_with(&format!("{id}  "))).unwrap();
     assert!(line.contains("  mine  store  somebody else has changed"), "{line}");
     let shown = two.ask(&["show", &at, &id]);
-    for part in ["why     somebody else has", "kept    the contents, 17 B", "store by ", "version"] {
+    for part in ["why     somebody else has", "kept    the contents, 17 B", "store by ", "version"]
+    {
         assert!(shown.contains(part), "{part}: {shown}");
     }
     let told: Value = serde_json::from_str(&two.ask(&["show", "--json", &at, &id])).unwrap();
@@ -144,7 +145,11 @@ fn a_conflict_is_shown_and_decided_from_any_client() {
     imz_fails(&conflicts(&["show", &at, "../x"]), 5, "no conflict");
     imz_fails(&conflicts(&["resolve", &at, &id, "keep"]), 2, "PATH");
     imz_fails(&conflicts(&["resolve", &at, &id, "mine", "--stamp", "1"]), 4, "look again");
-    imz_fails(&conflicts(&["resolve", &at, &id, "keep", "no/dir"]), 4, "its directory is not there");
+    imz_fails(
+        &conflicts(&["resolve", &at, &id, "keep", "no/dir"]),
+        4,
+        "its directory is not there",
+    );
     imz_fails(&conflicts(&["resolve", &at, &id, "keep", ".imz/x"]), 4, "belongs to imz");
     imz_fails(&conflicts(&["resolve", &at, &id, "keep", "both"]), 4, "something at that path");
     two.count(8);

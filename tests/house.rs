@@ -99,7 +99,18 @@ fn modes_never_name_each_other() {
     // what several of them share stands beside them
     let shared = ["place", "ship", "explain"];
     let modes = [
-        "mount", "serve", "status", "sync", "umount", "kml", "inspect", "fsck", "conflicts",
+        "mount",
+        "serve",
+        "status",
+        "sync",
+        "umount",
+        "kml",
+        "inspect",
+        "fsck",
+        "pin",
+        "unpin",
+        "evict",
+        "conflicts",
     ];
     let mut wrong = Vec::new();
     for (name, text) in code() {

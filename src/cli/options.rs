@@ -210,6 +210,26 @@ pub fn duration(text: &str) -> Result<Duration, BadValue> {
     }
 }
 
+/// A size in bytes: a number, or one with K, M, G or T behind it for powers of 1024. Not zero.
+///
+/// # Errors
+/// Any other text.
+pub fn size(text: &str) -> Result<u64, BadValue> {
+    let (digits, unit) = match text.char_indices().next_back() {
+        Some((at, 'K' | 'k')) => (&text[..at], 1 << 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 1 << 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 1 << 30),
+        Some((at, 'T' | 't')) => (&text[..at], 1 << 40),
+        _ => (text, 1u64),
+    };
+    let number = Some(digits).filter(|d| d.bytes().all(|b| b.is_ascii_digit()));
+    match number.and_then(|d| d.parse::<u64>().ok()).and_then(|n| n.checked_mul(unit)) {
+        Some(0) => bad("a size is larger than 0"),
+        Some(bytes) => Ok(bytes),
+        None => bad("a size is written 500M, 20G, 1T; a plain number is bytes"),
+    }
+}
+
 /// A place in a journal.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Point {
@@ -253,6 +273,16 @@ pub enum Coherence {
     Session,
 }
 
+/// What becomes of what is not in the cache while the server is away.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Offline {
+    /// EHOSTUNREACH
+    #[default]
+    Error,
+    /// it waits until the server is back, or somebody interrupts it
+    Wait,
+}
+
 /// Whether requests of the kernel come over io_uring.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Uring {
@@ -278,13 +308,16 @@ pub enum MountOption {
     Passthrough(Passthrough),
     Coherence(Coherence),
     Uring(Uring),
+    Offline(Offline),
     Cache(PathBuf),
+    CacheMax(u64),
     /// known, and no business of ours
     Ignored,
 }
 
 /// What an error message lists.
-const KNOWN: &str = "ro, rw, sync, async, allow_other, cache=DIR, age=DURATION, timeout=DURATION, \
+const KNOWN: &str = "ro, rw, sync, async, allow_other, cache=DIR, cache-max=SIZE, age=DURATION, \
+                     timeout=DURATION, offline=error|wait, \
                      passthrough=auto|off, coherence=close-to-open|strict|session, \
                      uring=auto|on|off, suid, nosuid, dev, nodev, exec, noexec, atime, noatime";
 
@@ -334,9 +367,11 @@ impl MountOption {
             return Ok(MountOption::Ignored);
         }
         match (&*name, value) {
-            ("age" | "timeout" | "passthrough" | "coherence" | "uring" | "cache", None) => {
-                bad(format!("it needs a value: {name}=..."))
-            }
+            (
+                "age" | "timeout" | "passthrough" | "coherence" | "uring" | "cache" | "cache-max"
+                | "offline",
+                None,
+            ) => bad(format!("it needs a value: {name}=...")),
             ("cache", Some([])) => bad("it needs a value: cache=DIR"),
             ("cache", Some(dir)) => {
                 Ok(MountOption::Cache(PathBuf::from(OsString::from_vec(dir.to_vec()))))
@@ -353,6 +388,10 @@ impl MountOption {
                 Duration::ZERO => bad("a timeout is longer than 0"),
                 it => Ok(MountOption::Timeout(it)),
             },
+            ("cache-max", _) => size(value).map(MountOption::CacheMax),
+            ("offline", "error") => Ok(MountOption::Offline(Offline::Error)),
+            ("offline", "wait") => Ok(MountOption::Offline(Offline::Wait)),
+            ("offline", _) => bad("offline is error or wait"),
             ("passthrough", "auto") => Ok(MountOption::Passthrough(Passthrough::Auto)),
             ("passthrough", "off") => Ok(MountOption::Passthrough(Passthrough::Off)),
             ("passthrough", _) => bad("passthrough is auto or off"),
@@ -407,7 +446,10 @@ pub struct MountOptions {
     pub passthrough: Passthrough,
     pub coherence: Coherence,
     pub uring: Uring,
+    pub offline: Offline,
     pub cache: Option<PathBuf>,
+    /// bytes of data that the cache may hold; none: no limit
+    pub cache_max: Option<u64>,
 }
 
 impl Default for MountOptions {
@@ -425,7 +467,9 @@ impl Default for MountOptions {
             passthrough: Passthrough::Auto,
             coherence: Coherence::CloseToOpen,
             uring: Uring::Auto,
+            offline: Offline::Error,
             cache: None,
+            cache_max: None,
         }
     }
 }
@@ -448,7 +492,9 @@ impl MountOptions {
                 MountOption::Passthrough(it) => all.passthrough = *it,
                 MountOption::Coherence(it) => all.coherence = *it,
                 MountOption::Uring(it) => all.uring = *it,
+                MountOption::Offline(it) => all.offline = *it,
                 MountOption::Cache(it) => all.cache = Some(it.clone()),
+                MountOption::CacheMax(it) => all.cache_max = Some(*it),
                 MountOption::Ignored => {}
             }
         }

@@ -12,8 +12,9 @@
 //! - `current` (the stamp up to which every break was processed) only grows by messages that the
 //!   server sent after those breaks, and only once the answer to `Since` is complete.
 //! - A break is answered after the driver says that no reader sees the cached state any more.
-//! - Every want ends: met, or unmet at the latest `TIMEOUT` after the server was last there.
-//!   Wants survive a connection that breaks, if the next one stands within that time.
+//! - Every want ends: met, or unmet at the latest `TIMEOUT` after the server was last there, and at
+//!   once while it is known to be away. Wants survive a connection that breaks, if the next one
+//!   stands within `policy::away_after`.
 //!
 //! Absent on purpose: sockets, files, the clock, and decisions (policy.rs).
 //! Source: etcd's raft and quinn-proto for the form; AFS callbacks for the promises.
@@ -383,6 +384,8 @@ pub struct Client {
     chance: u64,
     /// not online: until then wants wait for the connection
     grace_until: Instant,
+    /// the same for locks, which are decided here from then on: two clients may then hold one
+    locks_until: Instant,
     /// when the newest request was sent that the server has answered: it heard of us not earlier,
     /// so what we may do lasts a lease from then
     proved_at: Instant,
@@ -424,7 +427,8 @@ impl Client {
             saved_at: now,
             fails: 0,
             chance: seed | 1,
-            grace_until: now + settings.timeout,
+            grace_until: now + policy::away_after(settings.timeout),
+            locks_until: now + settings.timeout,
             proved_at: now,
             answered_at: now,
             moved_at: now,
@@ -438,7 +442,23 @@ impl Client {
     pub fn set_timeout(&mut self, timeout: Duration, now: Instant) {
         self.timeout = timeout;
         if !self.is_online() && now < self.grace_until {
-            self.grace_until = now + timeout;
+            self.grace_until = now + policy::away_after(timeout);
+            self.locks_until = now + timeout;
+        }
+    }
+
+    /// From when on nobody waits for the server, if it is not there.
+    pub fn away_at(&self) -> Option<Instant> {
+        (!self.is_online()).then_some(self.grace_until)
+    }
+    pub fn is_connecting(&self) -> bool {
+        matches!(self.state, State::Connecting { .. })
+    }
+
+    /// The network says that there is no way to the server: nobody needs to wait for it.
+    pub fn on_no_way(&mut self, now: Instant) {
+        if !self.is_online() {
+            self.grace_until = self.grace_until.min(now);
         }
     }
 
@@ -492,8 +512,9 @@ impl Client {
             let ship = self.shipper.wake_at();
             return [held_back, save, ship].into_iter().flatten().fold(at, Instant::min);
         }
-        let idle = self.fetcher.is_idle() && self.locker.is_idle();
-        if idle { at } else { at.min(self.grace_until) }
+        let wants = (!self.fetcher.is_idle()).then_some(self.grace_until);
+        let locks = (!self.locker.is_idle()).then_some(self.locks_until);
+        [wants, locks].into_iter().flatten().fold(at, Instant::min)
     }
 
     /// Time has passed.
@@ -512,6 +533,8 @@ impl Client {
         if !self.is_online() {
             if now >= self.grace_until {
                 self.fetcher.give_up(&mut self.line);
+            }
+            if now >= self.locks_until {
                 self.locker.give_up(&mut self.line);
             }
             return;
@@ -543,7 +566,7 @@ impl Client {
         if now >= self.proved_at + lease || self.oldest_wait().is_some_and(overdue) {
             self.close("the server is silent", now);
             // Whoever waited has waited long enough.
-            self.grace_until = now;
+            (self.grace_until, self.locks_until) = (now, now);
         } else if now >= self.ping_at() && !self.pinged {
             self.pinged = true;
             self.line.ask(Ask::Ping, Some(now), Ping {}.into());
@@ -591,7 +614,8 @@ impl Client {
 
     fn away(&mut self, now: Instant) {
         if self.is_online() {
-            self.grace_until = now + self.timeout;
+            self.grace_until = now + policy::away_after(self.timeout);
+            self.locks_until = now + self.timeout;
             self.line.effect(Effect::SetOnline(false));
         }
         self.set_volume(Mode::None, false);
@@ -874,7 +898,7 @@ impl Client {
     /// Somebody asks for a lock, or after one. `LockEnded` follows, sooner or later. `permitted`:
     /// the object may be changed.
     pub fn on_lock(&mut self, number: Number, ask: LockAsk, permitted: bool, now: Instant) {
-        let offline = !self.is_online() && now >= self.grace_until;
+        let offline = !self.is_online() && now >= self.locks_until;
         if offline {
             self.locker.give_up(&mut self.line);
         }

@@ -27,6 +27,9 @@ pub const READ_AHEAD_MAX: u32 = 4;
 pub const RELIST_MAX: u32 = 3;
 /// A server that says nothing for so long is away. No want waits longer for one.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection that broke, or that cannot be made, is waited for so long: the server may only be
+/// starting again. From then on it counts as away, and nobody waits for it.
+pub const RETURN: Duration = Duration::from_secs(3);
 /// After so much silence the server is asked whether it is there: half of the [`lease`].
 pub const PING_AFTER: Duration = Duration::from_secs(4);
 /// First and longest pause between attempts to connect.
@@ -42,6 +45,17 @@ pub const READ_ALL_CLIENTS_MAX: usize = 64;
 /// A client that has to ask so often within [`ASKS_WITHIN`] wants to read the whole volume.
 pub const ASKS_MAX: usize = 8;
 pub const ASKS_WITHIN: Duration = Duration::from_secs(1);
+/// Data of pinned objects that appear by and by come at no more than so many bytes a second, and no
+/// more than so many questions.
+pub const PIN_RATE: u64 = 16 << 20;
+pub const PIN_ASKS: u32 = 500;
+/// First and longest pause between two looks at what is pinned.
+pub const PIN_REST_MIN: Duration = Duration::from_secs(1);
+pub const PIN_REST_MAX: Duration = Duration::from_secs(600);
+/// So often what is pinned is looked at, whatever was heard.
+pub const PIN_LOOK: Duration = Duration::from_secs(600);
+/// What was used so recently is not evicted to keep a limit: who fetched it is about to read it.
+pub const EVICT_REST: Duration = Duration::from_secs(2);
 /// How often the stamp up to which the cache is current is written down.
 pub const SAVE_EVERY: Duration = Duration::from_secs(30);
 
@@ -69,6 +83,12 @@ pub fn lease(timeout: Duration) -> Duration {
     timeout.min(TIMEOUT) * 4 / 5
 }
 
+/// How long after the connection was lost it is known that the server is away. A server that was
+/// silent for its [`lease`], and one to which the network has no way, is away at once.
+pub fn away_after(timeout: Duration) -> Duration {
+    timeout.min(RETURN)
+}
+
 /// How long a server is waited for that is there, but does not answer: others may have to let go
 /// first, and to ship what they have changed.
 pub fn patience(timeout: Duration) -> Duration {
@@ -83,6 +103,24 @@ pub fn first_right(alone: bool, written: bool, clients: usize) -> Mode {
         (false, false) if clients <= READ_ALL_CLIENTS_MAX => Mode::Read,
         _ => Mode::None,
     }
+}
+
+/// Whether clean data are evicted to keep a limit. Away from the server they could not be fetched
+/// again: then they stay, and only what is written can make the cache grow.
+pub fn may_evict(online: bool) -> bool {
+    online
+}
+
+/// How long after a look at what is pinned, which took so long, the next one may come: a tenth of the
+/// time is spent with it at most.
+pub fn pin_rest(took: Duration) -> Duration {
+    (took * 9).clamp(PIN_REST_MIN, PIN_REST_MAX)
+}
+
+/// The pause that follows the fetch of `len` bytes of what is pinned, in the background.
+pub fn pin_pause(len: u64) -> Duration {
+    let bytes = Duration::from_micros(len.saturating_mul(1_000_000) / PIN_RATE);
+    bytes.max(Duration::from_secs(1) / PIN_ASKS)
 }
 
 /// How long shipping rests after the server could not take a batch.
@@ -112,6 +150,22 @@ mod tests {
         }
         assert_eq!(retry_after(30, 0), RETRY_MAX / 2);
         assert_ne!(retry_after(9, 1), retry_after(9, 4_000_000));
+    }
+
+    #[test]
+    fn what_is_pinned_takes_its_share_and_no_more() {
+        let second = Duration::from_secs(1);
+        assert_eq!(pin_pause(PIN_RATE * 3), second * 3);
+        assert_eq!(pin_pause(0) * PIN_ASKS, second);
+        assert_eq!(pin_rest(Duration::ZERO), PIN_REST_MIN);
+        assert_eq!(pin_rest(second * 10), second * 90);
+        assert_eq!(pin_rest(second * 100_000), PIN_REST_MAX);
+    }
+
+    #[test]
+    fn a_server_that_is_away_is_known_soon() {
+        assert_eq!(away_after(Duration::from_secs(600)), RETURN);
+        assert_eq!(away_after(Duration::from_secs(1)), Duration::from_secs(1));
     }
 
     #[test]

@@ -5,15 +5,18 @@
 //! tells the story from the outside in, and names a code with [`Failure`] where there is one.
 
 pub mod conflicts;
+pub mod evict;
 pub mod explain;
 pub mod kml;
 pub mod mount;
+pub mod pin;
 pub mod place;
 pub mod serve;
 pub mod ship;
 pub mod status;
 pub mod sync;
 pub mod umount;
+pub mod unpin;
 
 use std::fmt;
 use std::io::{self, Write};

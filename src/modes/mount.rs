@@ -6,6 +6,7 @@
 //! stays in the cache, and the next mount of it goes on shipping.
 
 mod cache;
+mod keep;
 mod wire;
 
 use std::path::{Path, PathBuf};
@@ -15,15 +16,17 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::{Exit, Failure, exit_code, fail};
+use super::{Exit, Failure, exit_code, fail, place};
 use crate::cli::MountArgs;
-use crate::cli::options::{Coherence, MountOptions, Passthrough, Source, Uring};
+use crate::cli::options::{Coherence, MountOptions, Offline, Passthrough, Source, Uring};
 use crate::lento::rights::Held;
 use crate::net::client::{self, Handle, Peer};
 use crate::net::control;
 use crate::net::server::{self, Server};
+use crate::presto::adapter::Ways;
 use crate::presto::device;
 use crate::presto::filter::Filter;
+use crate::presto::pinner::Pinner;
 use crate::sys::daemon::{self, Forked, Signals, Teller};
 use crate::sys::{self, cred};
 
@@ -31,6 +34,8 @@ use crate::sys::{self, cred};
 const THREADS: usize = 2;
 /// Time between two looks at files that are written through mappings.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Time between two looks for directories that were taken out of the cache.
+const TREE_EVERY: Duration = Duration::from_secs(2);
 /// How long an end waits for the kernel to let go.
 const END_TIME_MAX: Duration = Duration::from_secs(10);
 /// How long an end goes on shipping while the server is there; the rest waits for the next mount.
@@ -87,22 +92,31 @@ fn look_at_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
     let name = || path.display().to_string();
     let absolute: PathBuf = std::path::absolute(path).with_context(name)?.components().collect();
     // The table of mounts is asked first: a mount whose process died must not be touched.
-    if sys::mount::ours()?.contains(&absolute) {
-        return fail(
-            Exit::Refused,
-            format!("{}: something is mounted here by imz already (imz umount it)", name()),
-        );
-    }
+    clear_if_dead(&absolute).with_context(name)?;
     match std::fs::canonicalize(&absolute) {
         Ok(real) if real.is_dir() => {
-            if sys::mount::ours()?.contains(&real) {
-                let what = "something is mounted here by imz already (imz umount it)";
-                return fail(Exit::Refused, format!("{}: {what}", name()));
-            }
+            clear_if_dead(&real).with_context(name)?;
             Ok(real)
         }
         Ok(_) => fail(Exit::NotFound, format!("{}: the mount point is not a directory", name())),
         Err(e) => fail(Exit::NotFound, format!("{}: the mount point: {e} (mkdir it)", name())),
+    }
+}
+
+/// What a process left here that was killed is taken away; what lives is left alone.
+fn clear_if_dead(point: &Path) -> anyhow::Result<()> {
+    if !sys::mount::ours()?.contains(&point.to_owned()) {
+        return Ok(());
+    }
+    let (path, socket) = (point.to_owned(), control::socket_path(point));
+    let place = place::Place { path, socket, mounted: true };
+    match control::status(&place.socket) {
+        Err(e) if place::is_dead(&place, &e) => {
+            place::clear_dead(&place)?;
+            log::warn!("{}: the process of the mount here had died; it is gone", point.display());
+            Ok(())
+        }
+        _ => fail(Exit::Refused, "something is mounted here by imz already (imz umount it)"),
     }
 }
 
@@ -160,6 +174,7 @@ struct Running {
     mountpoint: PathBuf,
     filter: Arc<Filter>,
     handle: Handle,
+    pinner: Arc<Pinner>,
     server: Option<server::Embedded>,
     control: control::Control,
     events: Receiver<Event>,
@@ -216,24 +231,23 @@ impl Running {
                 }
             }));
         }
+        let (tell, events) = channel();
+        let keeping = keep::Keeping::start(&filter, &handle, settings.cache_max)?;
+        let answer = wire::Told::new(&keeping, &handle, args, place, {
+            let tell = tell.clone();
+            move || drop(tell.send(Event::Asked))
+        });
+        // Before the mount is there: whoever finds a mount whose socket is dead knows what that means.
+        let control = control::serve(&control::socket_path(&mountpoint), Arc::new(answer))
+            .context("the control socket")?;
         let mounted = device::mount(filter.clone(), &mountpoint, &fuse_options(args, settings))
             .with_context(|| format!("mounting on {}", mountpoint.display()))?;
         kernel.connect(mounted.kernel());
-        let (tell, events) = channel();
-        let control = {
-            let answer = wire::Told::new(&filter, &handle, args, place, {
-                let tell = tell.clone();
-                move || drop(tell.send(Event::Asked))
-            });
-            control::serve(&control::socket_path(&mountpoint), Arc::new(answer)).inspect_err(
-                |_| {
-                    let _ = sys::dev_fuse::detach(&mountpoint);
-                },
-            )?
-        };
         watch(mounted, signals, &tell)?;
         watch_mapped(&filter)?;
-        Ok(Running { mountpoint, filter, handle, server, control, events })
+        watch_tree(&filter, &handle, place)?;
+        let pinner = keeping.pinner;
+        Ok(Running { mountpoint, filter, handle, pinner, server, control, events })
     }
 
     /// Waits until the file system is unmounted, then leaves everything in order.
@@ -252,6 +266,7 @@ impl Running {
             // Who still has files open in a detached mount keeps it for a while at most.
             let _ = self.events.recv_timeout(END_TIME_MAX);
         }
+        self.pinner.stop();
         // The kernel may have dropped its last words with the mount.
         self.filter.store_all();
         self.filter.look_at_mapped();
@@ -301,6 +316,26 @@ fn watch_mapped(filter: &Arc<Filter>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Notices when somebody takes files out of the cache that is in use.
+fn watch_tree(filter: &Arc<Filter>, handle: &Handle, place: &Path) -> anyhow::Result<()> {
+    let (filter, handle) = (Arc::downgrade(filter), handle.clone());
+    let tree = place.join("tree");
+    std::thread::Builder::new().name("tree".into()).spawn(move || {
+        let mut was_there = true;
+        while let Some(filter) = filter.upgrade() {
+            let torn = filter.cache.tree.is_torn(&tree);
+            drop(filter);
+            let is_there = tree.exists();
+            if torn && (is_there || was_there) {
+                handle.doubt_all(cache::torn(&tree, is_there));
+            }
+            was_there = is_there;
+            std::thread::sleep(TREE_EVERY);
+        }
+    })?;
+    Ok(())
+}
+
 fn fuse_options(args: &MountArgs, settings: &MountOptions) -> device::Options {
     let mut flags = Vec::new();
     for (allowed, flag) in [
@@ -317,10 +352,9 @@ fn fuse_options(args: &MountArgs, settings: &MountOptions) -> device::Options {
         source: args.source.to_string(),
         read_only: settings.read_only,
         allow_other: settings.allow_other || cred::is_root(),
-        sync: settings.sync,
         flags,
         threads: THREADS,
-        locks: true,
+        ways: Ways { sync: settings.sync, locks: true, waits: settings.offline == Offline::Wait },
         uring: match settings.uring {
             Uring::Auto => device::Uring::Auto,
             Uring::On => device::Uring::On,

@@ -17,7 +17,7 @@ use crate::net::conflicts::Ask;
 use crate::net::control::{self, Answer, Status};
 use crate::net::handle::Handle;
 use crate::net::server::{Export, Server, state_of};
-use crate::sys;
+use crate::sys::{self, clock};
 
 /// # Errors
 /// With the exit codes that `imz --help` lists; nothing is left half made.
@@ -35,6 +35,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
             handle: server.handle(),
             server: addr.clone(),
             since: since.clone(),
+            began: clock::now_ns(),
             export: export.clone(),
         };
         match control::serve(&control::socket_path(&export.dir), Arc::new(told)) {
@@ -89,6 +90,7 @@ struct Told {
     handle: Handle,
     server: String,
     since: String,
+    began: u64,
     export: Export,
 }
 
@@ -103,6 +105,7 @@ impl Answer for Told {
             volume: self.export.name.clone(),
             connected: true,
             since: self.since.clone(),
+            since_seconds: clock::age_of(self.began).as_secs(),
             cache: self.export.state.clone().unwrap_or_else(own),
             conflicts: volume.map_or(0, |volume| volume.conflicts),
             journal_bytes: volume.map_or(0, |volume| volume.history_len),

@@ -4,7 +4,7 @@
 //! the journal stops ageing.
 
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
@@ -13,8 +13,6 @@ use super::place::unanswered;
 use super::{Exit, fail};
 use crate::net::control::{self, ControlError, Status};
 
-/// How long the server may be away before waiting without a time limit gives up.
-pub const AWAY_MAX: Duration = Duration::from_secs(10);
 /// How often the acknowledged seq is asked for.
 const ASK_EVERY: Duration = Duration::from_millis(50);
 /// How often the whole status is asked for.
@@ -32,7 +30,6 @@ pub fn wait(socket: &Path, timeout: Option<Duration>) -> anyhow::Result<()> {
     let first = patient(|| control::acked(socket))?;
     let mut status = patient(|| control::status(socket))?;
     let mut looked = Instant::now();
-    let mut away = Away::default();
     let bar = bar(goal.saturating_sub(first))?;
     loop {
         let acked = patient(|| control::acked(socket))?;
@@ -45,9 +42,8 @@ pub fn wait(socket: &Path, timeout: Option<Duration>) -> anyhow::Result<()> {
             status = patient(|| control::status(socket))?;
             looked = Instant::now();
         }
-        let gone = away.look(&status, SystemTime::now(), Instant::now());
         bar.set_message(message(&status));
-        if let Some(why) = verdict(&status, gone, began.elapsed(), timeout) {
+        if let Some(why) = verdict(&status, began.elapsed(), timeout) {
             bar.abandon();
             return fail(why, explain(&status, goal - acked));
         }
@@ -56,16 +52,11 @@ pub fn wait(socket: &Path, timeout: Option<Duration>) -> anyhow::Result<()> {
 }
 
 /// Whether to give up, and with which exit code.
-fn verdict(
-    status: &Status,
-    gone: Duration,
-    waited: Duration,
-    timeout: Option<Duration>,
-) -> Option<Exit> {
+fn verdict(status: &Status, waited: Duration, timeout: Option<Duration>) -> Option<Exit> {
     match (status.connected, timeout) {
         (true, Some(most)) if waited >= most => Some(Exit::Failure),
         (false, Some(most)) if waited >= most => Some(Exit::Unreachable),
-        (false, None) if gone >= AWAY_MAX => Some(Exit::Unreachable),
+        (false, None) if status.away => Some(Exit::Unreachable),
         _ => None,
     }
 }
@@ -82,25 +73,6 @@ fn explain(status: &Status, records: u64) -> String {
         status.since,
         status.cache.display()
     )
-}
-
-/// For how long the server has been away: as the process says, or as long as we have seen it.
-#[derive(Default)]
-struct Away {
-    seen: Option<Instant>,
-}
-
-impl Away {
-    fn look(&mut self, status: &Status, now: SystemTime, instant: Instant) -> Duration {
-        if status.connected {
-            self.seen = None;
-            return Duration::ZERO;
-        }
-        let seen = instant - *self.seen.get_or_insert(instant);
-        let said = humantime::parse_rfc3339_weak(&status.since).ok();
-        let said = said.and_then(|since| now.duration_since(since).ok()).unwrap_or_default();
-        seen.max(said)
-    }
 }
 
 fn message(status: &Status) -> String {
@@ -147,19 +119,19 @@ mod tests {
     #[test]
     fn giving_up_is_a_table() {
         let s = Duration::from_secs;
-        // connected, away for, waited, timeout: verdict
+        // connected, known to be away, waited, timeout: verdict
         let table = [
-            (true, s(0), s(9999), None, None),
-            (true, s(0), s(4), Some(s(5)), None),
-            (true, s(0), s(5), Some(s(5)), Some(Exit::Failure)),
-            (false, s(9), s(9), None, None),
-            (false, s(10), s(0), None, Some(Exit::Unreachable)),
-            (false, s(60), s(4), Some(s(5)), None),
-            (false, s(1), s(5), Some(s(5)), Some(Exit::Unreachable)),
+            (true, false, s(9999), None, None),
+            (true, false, s(4), Some(s(5)), None),
+            (true, false, s(5), Some(s(5)), Some(Exit::Failure)),
+            (false, false, s(9), None, None),
+            (false, true, s(0), None, Some(Exit::Unreachable)),
+            (false, true, s(4), Some(s(5)), None),
+            (false, false, s(5), Some(s(5)), Some(Exit::Unreachable)),
         ];
-        for (connected, gone, waited, timeout, want) in table {
-            let status = Status { connected, ..Status::default() };
-            assert_eq!(verdict(&status, gone, waited, timeout), want, "{gone:?} {waited:?}");
+        for (connected, away, waited, timeout, want) in table {
+            let status = Status { connected, away, ..Status::default() };
+            assert_eq!(verdict(&status, waited, timeout), want, "{away:?} {waited:?}");
         }
     }
 
@@ -173,7 +145,8 @@ mod tests {
         fn status(&self) -> Status {
             let since = "2026-11-21T10:00:00Z".to_owned();
             let server = "h:7070".to_owned();
-            Status { connected: self.connected, since, server, ..Status::default() }
+            let connected = self.connected;
+            Status { connected, away: !connected, since, server, ..Status::default() }
         }
         fn ship_now(&self) -> u64 {
             5
@@ -202,28 +175,10 @@ mod tests {
         let error = wait(&socket, None).unwrap_err();
         assert_eq!(crate::modes::exit_code(&error), 3);
         assert!(error.to_string().contains("h:7070 is away since 2026-11-21"), "{error}");
-        assert!(began.elapsed() < Duration::from_secs(2), "it has been away for long");
+        assert!(began.elapsed() < Duration::from_secs(2), "it is known to be away");
         let limit = Duration::from_millis(300);
         let began = Instant::now();
         assert_eq!(crate::modes::exit_code(&wait(&socket, Some(limit)).unwrap_err()), 3);
         assert!(began.elapsed() >= limit, "a time limit is waited for, away or not");
-    }
-
-    #[test]
-    fn absence_is_as_long_as_said_or_seen() {
-        let now = humantime::parse_rfc3339("2026-11-21T10:00:20Z").unwrap();
-        let instant = Instant::now();
-        let status = |connected, since: &str| Status {
-            connected,
-            since: since.to_owned(),
-            ..Status::default()
-        };
-        let mut away = Away::default();
-        let long = status(false, "2026-11-21T10:00:00Z");
-        assert_eq!(away.look(&long, now, instant), Duration::from_secs(20));
-        assert_eq!(away.look(&status(true, ""), now, instant), Duration::ZERO);
-        assert_eq!(away.look(&status(false, "?"), now, instant), Duration::ZERO);
-        let later = instant + Duration::from_secs(11);
-        assert_eq!(away.look(&status(false, "?"), now, later), Duration::from_secs(11));
     }
 }

@@ -4,7 +4,7 @@
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::Context;
 use indicatif::HumanBytes;
@@ -33,7 +33,7 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
         .with_context(|| place.path.display().to_string())?;
     let text = match args.json {
         true => pretty(&serde_json::to_value(&status)?)?,
-        false => render(&status, SystemTime::now()),
+        false => render(&status),
     };
     Ok(print(&text)?)
 }
@@ -44,10 +44,7 @@ fn run_all(json: bool) -> anyhow::Result<()> {
     let text = match json {
         true => pretty(&Value::Array(reports.iter().map(as_json).collect::<Result<_, _>>()?))?,
         false if reports.is_empty() => "nothing of this user is mounted or served\n".to_owned(),
-        false => {
-            let now = SystemTime::now();
-            reports.iter().map(|it| as_text(it, now)).collect::<Vec<_>>().join("\n")
-        }
+        false => reports.iter().map(as_text).collect::<Vec<_>>().join("\n"),
     };
     print(&text)?;
     match silent_count {
@@ -90,9 +87,9 @@ fn as_json(report: &Report) -> Result<Value, serde_json::Error> {
     }
 }
 
-fn as_text(report: &Report, now: SystemTime) -> String {
+fn as_text(report: &Report) -> String {
     match &report.said {
-        Ok(status) => render(status, now),
+        Ok(status) => render(status),
         Err(e) => format!("{}\n  error       {e}\n", path_text(&report.mount)),
     }
 }
@@ -106,7 +103,7 @@ fn pretty(value: &Value) -> anyhow::Result<String> {
 }
 
 /// A status for people: the mount, then one aligned line a subject.
-fn render(status: &Status, now: SystemTime) -> String {
+fn render(status: &Status) -> String {
     let mut text = path_text(&status.mount) + "\n";
     let mut line = |key: &str, value: String| {
         let _ = writeln!(text, "  {key:<10}  {value}"); // a String takes everything
@@ -116,11 +113,23 @@ fn render(status: &Status, now: SystemTime) -> String {
         false => "AWAY",
     };
     line("volume", format!("{} of {}", status.volume, status.server));
-    line("server", format!("{state} since {}{}", status.since, ago(&status.since, now)));
+    line("server", format!("{state} since {} ({})", status.since, seconds(status.since_seconds)));
     line("pending", pending(status));
     let (clean, dirty) =
         (HumanBytes(status.cache_clean_bytes), HumanBytes(status.cache_dirty_bytes));
     line("cache", format!("{clean} clean, {dirty} dirty, in {}", path_text(&status.cache)));
+    if let Some(limit) = limit(status) {
+        line("limit", limit);
+    }
+    if status.pins > 0 {
+        let missing = match status.pinned_missing_files {
+            0 => "all here".to_owned(),
+            n => format!("{n} files not all here"),
+        };
+        let (pins, objects) = (status.pins, status.pinned_objects);
+        let bytes = HumanBytes(status.pinned_bytes);
+        line("pinned", format!("{pins} paths, {objects} objects, {bytes}, {missing}"));
+    }
     line("journal", HumanBytes(status.journal_bytes).to_string());
     match status.conflicts {
         0 => line("conflicts", "none".to_owned()),
@@ -154,6 +163,18 @@ fn render(status: &Status, now: SystemTime) -> String {
     text
 }
 
+fn limit(status: &Status) -> Option<String> {
+    let (max, dirty) = (status.cache_max_bytes, status.cache_dirty_bytes);
+    let held = status.cache_clean_bytes + dirty;
+    let state = match max {
+        0 => return None,
+        _ if dirty > max => "EXCEEDED by what the server does not have yet",
+        _ if held > max => "exceeded; what is open, pinned or away from its server stays",
+        _ => "kept",
+    };
+    Some(format!("{}, {state}; {} evicted", HumanBytes(max), HumanBytes(status.evicted_bytes)))
+}
+
 fn pending(status: &Status) -> String {
     if status.pending_records == 0 {
         return "nothing".to_owned();
@@ -163,21 +184,13 @@ fn pending(status: &Status) -> String {
         "{} {records}, {}, the oldest {}; {}/s",
         status.pending_records,
         HumanBytes(status.pending_bytes),
-        humantime::format_duration(Duration::from_secs(status.oldest_pending_seconds)),
+        seconds(status.oldest_pending_seconds),
         HumanBytes(status.rate_bytes_per_second),
     )
 }
 
-/// ` (3m 5s)`, or nothing for a time that is none.
-fn ago(since: &str, now: SystemTime) -> String {
-    let age = humantime::parse_rfc3339_weak(since).ok().and_then(|it| now.duration_since(it).ok());
-    match age {
-        Some(age) => {
-            let whole = Duration::from_secs(age.as_secs());
-            format!(" ({})", humantime::format_duration(whole))
-        }
-        None => String::new(),
-    }
+fn seconds(count: u64) -> String {
+    humantime::format_duration(Duration::from_secs(count)).to_string()
 }
 
 #[cfg(test)]
@@ -191,6 +204,7 @@ mod tests {
             volume: "v".to_owned(),
             connected: true,
             since: "2026-11-21T10:00:00Z".to_owned(),
+            since_seconds: 3723,
             pending_records: 2,
             pending_bytes: 3 << 20,
             oldest_pending_seconds: 61,
@@ -206,7 +220,6 @@ mod tests {
 
     #[test]
     fn people_read_aligned_lines() {
-        let now = humantime::parse_rfc3339("2026-11-21T11:02:03Z").unwrap();
         let want = "\
 /mnt/x
   volume      v of h:7070
@@ -218,7 +231,7 @@ mod tests {
   permit      asked for object by object
   process     7, imz 0.1.0, passthrough
 ";
-        assert_eq!(render(&sample(), now), want);
+        assert_eq!(render(&sample()), want);
         let away = Status {
             connected: false,
             since: "?".to_owned(),
@@ -230,9 +243,9 @@ mod tests {
             last_error: Some("connection refused".to_owned()),
             ..sample()
         };
-        let text = render(&away, now);
+        let text = render(&away);
         for part in [
-            "server      AWAY since ?\n",
+            "server      AWAY since ? (1h 2m 3s)\n",
             "pending     nothing\n",
             "requests    4 that an operation waited for",
             "conflicts   1 version kept; imz conflicts",
@@ -241,6 +254,26 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }
+    }
+
+    #[test]
+    fn a_limit_says_whether_it_is_kept() {
+        assert_eq!(limit(&sample()), None);
+        let with = |clean, dirty| Status {
+            cache_max_bytes: 100,
+            cache_clean_bytes: clean,
+            cache_dirty_bytes: dirty,
+            ..sample()
+        };
+        for (clean, dirty, want) in
+            [(60, 40, "100 B, kept; 0 B evicted"), (61, 40, "exceeded; "), (0, 101, "EXCEEDED by")]
+        {
+            let said = limit(&with(clean, dirty)).unwrap();
+            assert!(said.contains(want), "{clean} {dirty}: {said}");
+        }
+        let pinned = Status { pins: 2, pinned_objects: 7, pinned_missing_files: 1, ..sample() };
+        let said = render(&pinned);
+        assert!(said.contains("pinned      2 paths, 7 objects, 0 B, 1 files not all"), "{said}");
     }
 
     #[test]

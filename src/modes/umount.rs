@@ -1,11 +1,9 @@
 //! `imz umount`: ship what is pending, unmount, wait for the end of the process.
 //!
-//! What the table of [`run`] rests on: a mount whose process has died answers every operation with
-//! ENOTCONN at once; only such a mount is taken away lazily. One that merely does not answer us
-//! (another user's, or one that hangs) is never forced.
+//! Only a mount whose process has died is taken away lazily ([`place::is_dead`]). One that merely does
+//! not answer us (another user's, or one that hangs) is never forced.
 
 use std::path::Path;
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -13,13 +11,10 @@ use anyhow::Context;
 use super::{Exit, Failure, fail, place, ship};
 use crate::cli::UmountArgs;
 use crate::net::control::{self, ControlError};
-use crate::sys::Errno;
-use crate::sys::mount::{UmountError, probe, umount};
+use crate::sys::mount::{UmountError, umount};
 
 /// How long the process may take to end after the mount is gone.
 const END_TIME_MAX: Duration = Duration::from_secs(10);
-/// How long a mount may take to show that it is dead.
-const PROBE_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// # Errors
 /// No such mount, busy, the server is away (nothing is unmounted then).
@@ -40,9 +35,8 @@ pub fn run(args: &UmountArgs) -> anyhow::Result<()> {
             end(&place).with_context(name)?;
             await_end(&place.socket, status.pid).with_context(name)
         }
-        (Err(ControlError::Absent | ControlError::Dead), _) if is_dead(&place.path) => {
-            take_away(&place.path, true).with_context(name)?;
-            let _ = std::fs::remove_file(&place.socket); // its owner is dead
+        (Err(e), _) if place::is_dead(&place, &e) => {
+            place::clear_dead(&place).with_context(name)?;
             log::warn!("{}: its process had died; the next mount of its cache goes on", name());
             Ok(())
         }
@@ -72,29 +66,6 @@ fn take_away(path: &Path, lazy: bool) -> anyhow::Result<()> {
         Err(UmountError::NotMounted) => Ok(()), // somebody was faster
         Err(e) => Err(e.into()),
     }
-}
-
-/// Whether every operation on the mount fails with ENOTCONN. Asks for the free room, since the
-/// kernel answers a stat from what it knows. The thread that looks stays behind if the mount hangs.
-fn is_dead(mount: &Path) -> bool {
-    let (tell, told) = mpsc::channel();
-    let (mount, began) = (mount.to_owned(), Instant::now());
-    std::thread::spawn(move || {
-        let mut looked = probe(&mount);
-        while is_dying(&looked) && began.elapsed() < PROBE_TIME_MAX {
-            std::thread::sleep(Duration::from_millis(5));
-            looked = probe(&mount);
-        }
-        tell.send(looked)
-    });
-    let looked = told.recv_timeout(PROBE_TIME_MAX);
-    matches!(looked, Ok(Err(e)) if e.kind() == std::io::ErrorKind::NotConnected)
-}
-
-/// The kernel takes the rings of a dead process away a moment after its death.
-fn is_dying(looked: &std::io::Result<()>) -> bool {
-    let dying = [Errno::CANCELED, Errno::CONNABORTED].map(|e| Some(e.raw_os_error()));
-    looked.as_ref().is_err_and(|e| dying.contains(&e.raw_os_error()))
 }
 
 /// Waits until the process is gone, and with it its lock on the cache.
@@ -134,11 +105,5 @@ mod tests {
         }
         child.wait().unwrap();
         assert!(!is_running(child.id()));
-    }
-
-    #[test]
-    fn a_plain_directory_is_not_a_dead_mount() {
-        assert!(!is_dead(tempfile::tempdir().unwrap().path()));
-        assert!(!is_dead(Path::new("/nonexistent")));
     }
 }

@@ -29,7 +29,7 @@ use crate::lento::policy;
 use crate::lento::rights::{Held, Mode};
 use crate::replica::cache::Cache;
 use crate::replica::hydrate::Notice;
-use crate::sys::fs;
+use crate::sys::{clock, fs};
 
 mod drive;
 mod files;
@@ -129,8 +129,11 @@ pub enum FirstContact {
 #[derive(Clone, PartialEq, Debug)]
 pub struct Snapshot {
     pub connected: bool,
-    /// when `connected` last changed
+    /// when `connected` last changed, and how long ago
     pub since: SystemTime,
+    pub since_ago: Duration,
+    /// not connected, and nobody waits for the server any more
+    pub away: bool,
     /// records that the server lacks, and their contents, bytes
     pub pending_count: u64,
     pub pending_len: u64,
@@ -169,6 +172,9 @@ enum In {
     Timeout(Duration),
     ShipNow,
     WaitAcked(Seq, Waiter),
+    WaitOnline(Waiter),
+    Doubt(String),
+    Keep,
     WantSpace,
     Lock(u64, LockAsk, drive::LockWaiter),
     CancelLock(u64),
@@ -183,7 +189,6 @@ enum In {
         recall_id: u64,
     },
     Resolved {
-        generation: u64,
         found: std::io::Result<Vec<std::net::SocketAddr>>,
     },
     Cut {
@@ -214,6 +219,10 @@ struct Shared {
 struct Facts {
     connected: bool,
     since: SystemTime,
+    /// the same by a clock that nobody sets
+    since_at: Instant,
+    /// from when on nobody waits for the server
+    away_at: Option<Instant>,
     rate: u64,
     requests_foreground: u64,
     messages: u64,
@@ -268,6 +277,8 @@ pub fn start(
         facts: Mutex::new(Facts {
             connected: false,
             since: SystemTime::now(),
+            since_at: clock::now(),
+            away_at: None,
             rate: 0,
             requests_foreground: 0,
             messages: 0,
@@ -337,6 +348,22 @@ impl Handle {
         self.0.tell(In::WaitAcked(seq, Waiter(Some(then))));
     }
 
+    /// Calls `then` once the server is there; with `Unreachable` if the loop ends before.
+    pub fn wait_online(&self, then: Then) {
+        self.0.tell(In::WaitOnline(Waiter(Some(then))));
+    }
+
+    /// Nothing in the cache is taken for current any more, for this reason: all of it is compared with
+    /// what the server has.
+    pub fn doubt_all(&self, why: String) {
+        self.0.tell(In::Doubt(why));
+    }
+
+    /// Has all that is known made durable soon, the acknowledgements of the server among it.
+    pub fn keep_now(&self) {
+        self.0.tell(In::Keep);
+    }
+
     pub fn status(&self) -> Snapshot {
         let cache = &self.0.cache;
         let (pending_count, pending_len, oldest_ns) = {
@@ -351,9 +378,11 @@ impl Handle {
         Snapshot {
             connected: facts.connected,
             since: facts.since,
+            since_ago: clock::now().saturating_duration_since(facts.since_at),
+            away: !facts.connected && facts.away_at.is_some_and(|at| clock::now() >= at),
             pending_count,
             pending_len,
-            oldest: oldest_ns.map(age_of),
+            oldest: oldest_ns.map(clock::age_of),
             rate: facts.rate,
             requests_foreground: facts.requests_foreground,
             messages: facts.messages,
@@ -470,12 +499,6 @@ impl Handle {
         }
         self.0.cache.pending().is_empty()
     }
-}
-
-/// How long ago that was.
-fn age_of(time_ns: u64) -> Duration {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    now.saturating_sub(Duration::from_nanos(time_ns))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //!   {"ask":"acked"}    {"seq":N}: the server has acknowledged everything up to N
 //!   {"ask":"umount"}   {"seq":0}: the process ends
 //!   {"ask":"conflicts","do":...}   see conflicts.rs
+//!   {"ask":"keep",..}  pins and eviction: see [`keep`]
 //!   anything else      {"error":"..."}
 //!
 //! Invariants: it answers even if all else is stuck, for it has threads of its own and shares
@@ -34,8 +35,10 @@ use serde::{Deserialize, Serialize};
 use super::conflicts;
 use crate::sys::local;
 
+pub mod keep;
+
 /// Longest request, bytes.
-pub const LINE_LEN_MAX: u64 = 4096;
+pub const LINE_LEN_MAX: u64 = 16384;
 /// Longest answer that a client reads, bytes.
 pub const ANSWER_LEN_MAX: u64 = 1 << 20;
 /// Most connections at a time; more are closed at once.
@@ -58,8 +61,11 @@ pub struct Status {
     pub server: String,
     pub volume: String,
     pub connected: bool,
-    /// when `connected` last changed, RFC 3339 in UTC
+    /// when `connected` last changed, RFC 3339 in UTC; and how long ago, whatever the time of day is
     pub since: String,
+    pub since_seconds: u64,
+    /// not connected, and known to be away: nobody waits for the server
+    pub away: bool,
     /// records that the server has not acknowledged
     pub pending_records: u64,
     pub pending_bytes: u64,
@@ -70,6 +76,15 @@ pub struct Status {
     pub cache: PathBuf,
     pub cache_clean_bytes: u64,
     pub cache_dirty_bytes: u64,
+    /// what the cache may hold; 0: no limit
+    pub cache_max_bytes: u64,
+    /// data that gave way to others, or were evicted by hand, since the start
+    pub evicted_bytes: u64,
+    /// paths that are kept whole; what stands there, and what of it is missing
+    pub pins: u64,
+    pub pinned_objects: u64,
+    pub pinned_bytes: u64,
+    pub pinned_missing_files: u64,
     pub conflicts: u64,
     pub journal_bytes: u64,
     /// what needed not be shipped since the start: records, and bytes of contents
@@ -111,6 +126,10 @@ pub trait Answer: Send + Sync {
     fn conflicts(&self, _ask: conflicts::Ask) -> Result<serde_json::Value, String> {
         Err("it has no conflicts".to_owned())
     }
+    /// Pins and eviction; what cannot be done is said in words for people.
+    fn keep(&self, _wish: &keep::Wish) -> Result<serde_json::Value, String> {
+        Err("only a mount has a cache".to_owned())
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -121,6 +140,7 @@ pub enum Request {
     Acked,
     Umount,
     Conflicts(conflicts::Ask),
+    Keep { wish: keep::Wish },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -311,6 +331,10 @@ fn talk(stream: &UnixStream, answer: &dyn Answer) -> io::Result<()> {
             Request::Acked => reply(stream, &Position { seq: answer.acked() })?,
             Request::Conflicts(ask) => match answer.conflicts(ask) {
                 Ok(told) => reply(stream, &told)?,
+                Err(error) => reply(stream, &Refusal { error })?,
+            },
+            Request::Keep { wish } => match answer.keep(&wish) {
+                Ok(value) => reply(stream, &value)?,
                 Err(error) => reply(stream, &Refusal { error })?,
             },
             Request::Umount => {

@@ -2,7 +2,8 @@
 //!
 //! An operation is tried at once, on the thread that read the request. If it misses, the request
 //! is kept as it came, what it wants goes to lento, and it is taken apart and run again when the
-//! want is met: no thread waits. What waits for a disk goes to threads of its own, so that those
+//! want is met: no thread waits. With `-o offline=wait` what misses while the server is away is kept in
+//! the same way until it is back. What waits for a disk goes to threads of its own, so that those
 //! that read requests do not. Absent on purpose: descriptors of the kernel (`device`), what an
 //! operation does (`answer`).
 
@@ -66,20 +67,46 @@ pub struct Adapter {
     /// the kernel's name for the backing file of an open object
     backings: Mutex<HashMap<Fid, Arc<Backing>>>,
     parked: Parked,
+    /// what misses while the server is away waits for it
+    waits: bool,
+    patient: Mutex<Patient>,
     /// owners that may have fcntl locks on a file: their closes end them
     lock_owners: Mutex<HashSet<(Fid, u64)>>,
     slow: (Sender<Slow>, Receiver<Slow>),
+}
+
+/// Requests that wait for the server to come back, as they came, by number; and how often each was
+/// tried.
+#[derive(Default)]
+struct Patient {
+    requests: HashMap<u64, (Vec<u8>, u32)>,
+    /// we are to be told when it is back
+    asked: bool,
+}
+
+/// What distinguishes one mount's adapter from another's.
+#[derive(Clone, Copy, Debug)]
+pub struct Ways {
+    /// fsync waits for the server
+    pub sync: bool,
+    /// flock and fcntl locks are asked for; otherwise the kernel keeps them by itself
+    pub locks: bool,
+    /// what misses while the server is away waits until it is back
+    pub waits: bool,
 }
 
 /// A request, as it came, for a thread that may wait for the disk.
 type Slow = (Vec<u8>, Ticket);
 
 impl Adapter {
-    pub fn new(filter: Arc<Filter>, dev: Arc<OwnedFd>, sync: bool, locks: bool) -> Arc<Adapter> {
+    pub fn new(filter: Arc<Filter>, dev: Arc<OwnedFd>, ways: Ways) -> Arc<Adapter> {
+        let Ways { sync, locks, waits } = ways;
         Arc::new(Adapter {
             filter,
             sync,
             locks,
+            waits,
+            patient: Mutex::default(),
             dev,
             handles: Mutex::default(),
             backings: Mutex::default(),
@@ -133,7 +160,9 @@ impl Adapter {
             Op::Forget => return ticket.needs_none(),
             Op::Interrupt { unique } => {
                 ticket.needs_none();
-                if let Interrupted::Cancel(lock) = self.parked.interrupt(unique) {
+                let interrupted = self.parked.interrupt(unique);
+                held(&self.patient).requests.remove(&unique);
+                if let Interrupted::Cancel(lock) = interrupted {
                     self.filter.cancel_lock(lock);
                 }
                 return;
@@ -194,10 +223,43 @@ impl Adapter {
             let Some(ticket) = me.parked.take(unique) else { return };
             match met {
                 Ok(()) => me.run_kept(bytes, ticket, tries),
+                Err(Errno::HOSTUNREACH) if me.waits => me.wait_for_server(bytes, ticket, tries),
                 Err(e) => ticket.answer(Err(e)),
             }
         };
         self.filter.lento.want(want, Box::new(again));
+    }
+
+    /// Keeps a request until the server is back, or somebody interrupts it.
+    fn wait_for_server(self: &Arc<Adapter>, bytes: Vec<u8>, ticket: Ticket, tries: u32) {
+        let unique = ticket.unique();
+        if !self.parked.park(ticket) {
+            return;
+        }
+        let asked = {
+            let mut patient = held(&self.patient);
+            patient.requests.insert(unique, (bytes, tries));
+            if !self.parked.has(unique) {
+                patient.requests.remove(&unique); // it was interrupted in this moment
+            }
+            std::mem::replace(&mut patient.asked, true)
+        };
+        if !asked {
+            let me = self.clone();
+            self.filter.lento.when_back(Box::new(move |is_back| me.on_back(is_back)));
+        }
+    }
+
+    /// Not `is_back`: nobody will tell us, for the mount ends.
+    fn on_back(self: &Arc<Adapter>, is_back: bool) {
+        let patient = std::mem::take(&mut *held(&self.patient));
+        for (unique, (bytes, tries)) in patient.requests {
+            let Some(ticket) = self.parked.take(unique) else { continue };
+            match is_back {
+                true => self.run_kept(bytes, ticket, tries),
+                false => ticket.answer(Err(Errno::HOSTUNREACH)),
+            }
+        }
     }
 
     fn lock(self: &Arc<Adapter>, fid: Fid, lock: &Lock, ticket: Ticket) {

@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 
 use super::abi::init::{self, Offer, Taken, flag};
 use super::abi::{Head, Raw, reply};
-use super::adapter::Adapter;
+use super::adapter::{Adapter, Ways};
 use super::filter::Filter;
 use super::parked::{Ticket, Way};
 use super::rings::Rings;
@@ -52,14 +52,11 @@ pub struct Options {
     pub source: String,
     pub read_only: bool,
     pub allow_other: bool,
-    /// fsync waits for the server
-    pub sync: bool,
     /// nosuid, nodev, noexec, noatime: as mount(8) has them
     pub flags: Vec<String>,
     /// threads that read requests
     pub threads: usize,
-    /// flock and fcntl locks are asked for; otherwise the kernel keeps them by itself
-    pub locks: bool,
+    pub ways: Ways,
     pub uring: Uring,
 }
 
@@ -113,7 +110,7 @@ pub fn mount(filter: Arc<Filter>, mountpoint: &Path, options: &Options) -> io::R
         fusermount::mount(mountpoint, &helper_options(options))?
     });
     let shaken = shake_hands(&dev, &filter, options).and_then(|rings| {
-        let adapter = Adapter::new(filter, dev.clone(), options.sync, options.locks);
+        let adapter = Adapter::new(filter, dev.clone(), options.ways);
         adapter.start()?;
         Ok(Mounted { dev, adapter, threads: options.threads.max(1), rings })
     });
@@ -206,7 +203,7 @@ fn take(offer: &Offer, filter: &Filter, options: &Options, rings: bool) -> Taken
         | flag::CACHE_SYMLINKS
         | flag::NO_OPENDIR_SUPPORT
         | flag::HANDLE_KILLPRIV_V2;
-    if options.locks {
+    if options.ways.locks {
         wanted |= flag::POSIX_LOCKS | flag::FLOCK_LOCKS;
     }
     if rings {

@@ -54,6 +54,7 @@ impl Filter {
         if writer {
             self.permitted([fid].into_iter())?;
         }
+        self.cache.note_used(fid);
         let complete = object.meta.complete;
         if writer && let Spot::Open(open) = &object.spot {
             self.cache.settle_hydrated(fid, &open.fd)?;

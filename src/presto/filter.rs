@@ -103,6 +103,8 @@ pub trait Lento: Send + Sync {
     fn want(&self, want: Want, done: Box<dyn FnOnce(std::result::Result<(), Errno>) + Send>);
     /// Calls `done` when the server has everything up to `seq`, or cannot be reached.
     fn when_acked(&self, seq: Seq, done: Box<dyn FnOnce(std::result::Result<(), Errno>) + Send>);
+    /// Calls `done(true)` once the server is there, `done(false)` if the mount ends before.
+    fn when_back(&self, done: Box<dyn FnOnce(bool) + Send>);
     /// The volume's room as last heard; does not wait.
     fn space(&self) -> Space;
     /// Asks for a lock, its end, or who holds it. `done` is called exactly once, on whatever

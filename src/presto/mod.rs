@@ -16,6 +16,8 @@
 //!  open.rs     the table of open files
 //!  locks.rs    flock and fcntl locks: publish at unlock, validate at lock
 //!  mapped.rs   files that are closed, and written to through mappings
+//!  pinner.rs   fetches what is pinned, and what appears there later
+//!  evictor.rs  which files give up their data, and when
 //! ```
 //!
 //! An operation is a plain function that either ends or stops with a [`filter::Stop`]: an errno,
@@ -28,6 +30,7 @@ pub mod adapter;
 mod answer;
 pub mod attrs;
 pub mod device;
+pub mod evictor;
 pub mod files;
 pub mod filter;
 pub mod locks;
@@ -36,4 +39,5 @@ mod nameless;
 pub mod names;
 pub mod open;
 pub mod parked;
+pub mod pinner;
 mod rings;

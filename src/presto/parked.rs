@@ -122,6 +122,11 @@ impl Parked {
         }
     }
 
+    /// Whether the request still waits.
+    pub fn has(&self, unique: u64) -> bool {
+        held(&self.0).waiting.contains_key(&unique)
+    }
+
     /// Whoever gets the ticket answers.
     pub fn take(&self, unique: u64) -> Option<Ticket> {
         held(&self.0).waiting.remove(&unique).map(|(ticket, _)| ticket)

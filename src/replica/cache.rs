@@ -4,22 +4,27 @@
 //! decides nothing: whether something may be answered from here says lento's policy.
 
 use std::collections::{HashMap, HashSet};
+use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::SystemTime;
 
 use super::limbo::Limbo;
 use super::meta::Meta;
 use super::pending::Pending;
+use super::pins::Pins;
 use super::power;
 use super::state::{State, StateError};
 use super::tree::{self, Dir, LIMBO, Tree, TreeError};
+use lru::LruCache;
+
 use crate::kml::codec::Outcome;
 use crate::kml::log::{Log, LogError, Ticket};
 use crate::kml::record::{Fid, Name, Record, Seq, Stamp};
 use crate::sys::fs::{self, Stat};
-use crate::sys::{Errno, crash};
+use crate::sys::{Errno, clock, crash};
 
 /// The journal's cursors: the newest record that the server keeps, the stamp up to which every
 /// break was processed, and about how much data the tree holds.
@@ -31,6 +36,8 @@ pub(super) const TREE: &str = "tree";
 pub(super) const KEPT_AT: &str = "kept_at";
 /// Files that came lately, of which it is known: more of them, and they are made durable.
 const HYDRATED_MAX: usize = 16384;
+/// Most files whose last use is remembered.
+const USED_MAX: NonZeroUsize = NonZeroUsize::new(65536).unwrap();
 
 /// The cache could not be opened, or not be changed.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +116,16 @@ pub struct Cache {
     wanted: Mutex<Vec<Fid>>,
     /// what the kernel was given to keep
     given: Mutex<HashSet<Fid>>,
+    /// files of which some granule is here in part
+    arriving: Mutex<HashSet<Fid>>,
+    /// what is kept whole
+    pub pins: Pins,
+    /// rings when something may have changed at the server that was known before
+    pub news: Bell,
+    /// files by their last use, if anybody needs to know
+    used: OnceLock<Mutex<LruCache<Fid, u64>>>,
+    /// data that were evicted since the start, bytes
+    evicted_len: AtomicU64,
     online: AtomicBool,
     epoch: AtomicU32,
     /// data that the tree holds, bytes, about
@@ -136,9 +153,10 @@ impl Cache {
         let mut pending = Pending::new(acked);
         for entry in log.entries(acked.next().max(log.first())) {
             let entry = entry?;
-            pending.add(entry.seq, &entry.record);
+            pending.add(entry.seq, &entry.record, made_at(&entry.record));
         }
         pending.doubt_all();
+        let pins = Pins::open(state.dir());
         let (epoch, held_len) = (state.facts().epoch, log.cursor(HELD_LEN));
         let durable = log.cursor(TREE);
         Ok(Cache {
@@ -150,6 +168,11 @@ impl Cache {
             bell: Bell::default(),
             writing: Mutex::default(),
             given: Mutex::default(),
+            arriving: Mutex::default(),
+            pins,
+            news: Bell::default(),
+            used: OnceLock::new(),
+            evicted_len: AtomicU64::new(0),
             saver: OnceLock::new(),
             watched: Mutex::default(),
             wanted: Mutex::default(),
@@ -173,7 +196,7 @@ impl Cache {
     /// As [`Log::append`]; then nothing pends.
     pub fn append(&self, record: &Record) -> Result<Ticket, LogError> {
         let ticket = self.log.append(record)?;
-        self.pending().add(ticket.seq, record);
+        self.pending().add(ticket.seq, record, clock::now_ns());
         Ok(ticket)
     }
 
@@ -403,6 +426,62 @@ impl Cache {
             Some(held.saturating_add(came).saturating_sub(left))
         });
     }
+    /// The same, as somebody has counted it.
+    pub fn set_held(&self, len: u64) {
+        self.held_len.store(len, Ordering::Relaxed);
+    }
+    /// About how much data the tree holds, bytes.
+    pub fn held_len(&self) -> u64 {
+        self.held_len.load(Ordering::Relaxed)
+    }
+    pub(super) fn note_evicted(&self, len: u64) {
+        self.evicted_len.fetch_add(len, Ordering::Relaxed);
+    }
+    /// Data that were evicted since the start, bytes.
+    pub fn evicted_len(&self) -> u64 {
+        self.evicted_len.load(Ordering::Relaxed)
+    }
+
+    /// A part of a granule came: it does not count yet, but must not go either.
+    pub(super) fn note_arriving(&self, fid: Fid) {
+        self.arriving().insert(fid);
+    }
+    /// The granule is whole, or will be fetched from its start.
+    pub(super) fn note_arrived(&self, fid: Fid) {
+        self.arriving().remove(&fid);
+    }
+    /// The connection is gone: whatever came in part is fetched from its start.
+    pub fn end_arriving(&self) {
+        self.arriving().clear();
+    }
+    pub(super) fn is_arriving(&self, fid: Fid) -> bool {
+        self.arriving().contains(&fid)
+    }
+    fn arriving(&self) -> MutexGuard<'_, HashSet<Fid>> {
+        // Whole after every statement.
+        self.arriving.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// From now on the order is kept in which files are used.
+    pub fn keep_order(&self) {
+        let fresh = Mutex::new(LruCache::new(USED_MAX));
+        // A second one would be as good as the first, which stays.
+        let _ = self.used.set(fresh);
+    }
+    /// The file was opened, or something of it came.
+    pub fn note_used(&self, fid: Fid) {
+        if let Some(used) = self.used.get() {
+            used.lock().unwrap_or_else(|e| e.into_inner()).put(fid, clock::now_ns());
+        }
+    }
+    /// Files with the time of their last use, as [`clock::now_ns`] has it, the oldest first. What is
+    /// not among them was used before them all, or in an earlier life.
+    pub fn used(&self) -> Vec<(Fid, u64)> {
+        let Some(used) = self.used.get() else { return Vec::new() };
+        let used = used.lock().unwrap_or_else(|e| e.into_inner());
+        used.iter().rev().map(|(fid, at)| (*fid, *at)).collect()
+    }
+
     /// Data in the tree that the server has, and that it lacks, bytes, about.
     pub fn clean_and_dirty(&self) -> (u64, u64) {
         let dirty = self.pending().len();
@@ -422,4 +501,11 @@ impl Cache {
         let resting = self.limbo.keep(dir, name.as_bytes(), fid)?;
         Ok(self.tree.index.add(fid, LIMBO, &resting)?)
     }
+}
+
+/// When a record of an earlier life was made, by the clock of this one. The time of day may have been
+/// set since: then it is as wrong as that, but it does not change any more.
+fn made_at(record: &Record) -> u64 {
+    let day = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    clock::now_ns().saturating_sub((day.as_nanos() as u64).saturating_sub(record.time_ns))
 }

@@ -154,6 +154,7 @@ pub(super) fn update(
         fs::truncate(&fd, object.attr.size)?;
         crash::point("hydrate-cut");
         cache.note_held(0, stat.blocks * 512);
+        cache.note_arrived(meta.fid); // pieces of the old version count no more
     } else {
         (meta.stamp, meta.stale) = (object.stamp, false);
         if meta != before {
@@ -321,39 +322,58 @@ pub fn write_range(
         return Ok(());
     }
     let stat = fs::fstat(&fd)?;
-    let capability = fs::xattr::get(&fd, b"", CAPABILITY).unwrap_or_default();
     let end = (at + bytes.len() as u64).min(meta.base_size).min(stat.size);
-    let mut next = at;
-    while let Some((start, len)) = meta.missing(next, end.saturating_sub(next)) {
-        let (from, to) = (start.max(next), (start + len).min(end));
-        fs::pwrite_sparse(&fd, &bytes[(from - at) as usize..(to - at) as usize], from)?;
-        next = to;
-        if next >= end {
-            break;
+    as_it_looked(&fd, &stat, || {
+        let mut next = at;
+        while let Some((start, len)) = meta.missing(next, end.saturating_sub(next)) {
+            let (from, to) = (start.max(next), (start + len).min(end));
+            fs::pwrite_sparse(&fd, &bytes[(from - at) as usize..(to - at) as usize], from)?;
+            next = to;
+            if next >= end {
+                break;
+            }
         }
-    }
+        Ok(())
+    })?;
     cache.note_hydrated(fid);
     crash::point("hydrate-written");
-    if let Some((start, len)) = granule {
-        meta.arrived(start, len);
-        cache.tree.set_meta_of(&fd, &meta)?;
-        crash::point("hydrate-noted");
-        let now = fs::fstat(&fd)?;
-        cache.note_held(now.blocks * 512, stat.blocks * 512);
+    match granule {
+        Some((start, len)) => {
+            meta.arrived(start, len);
+            cache.tree.set_meta_of(&fd, &meta)?;
+            crash::point("hydrate-noted");
+            let now = fs::fstat(&fd)?;
+            cache.note_held(now.blocks * 512, stat.blocks * 512);
+            cache.note_arrived(fid);
+            cache.note_used(fid);
+        }
+        None => cache.note_arriving(fid),
     }
+    cache.note_taken_over(fid, || fs::fstat(&fd))?;
+    if let Some(file) = cache.written(fid).filter(|_| !is_unsaved) {
+        file.taken_over();
+    }
+    Ok(())
+}
+
+/// Changes data of a file that are none of anybody's changes: capabilities, mode and times stay, also
+/// when it failed halfway.
+pub(super) fn as_it_looked(
+    fd: impl AsFd,
+    stat: &Stat,
+    act: impl FnOnce() -> std::result::Result<(), Errno>,
+) -> std::result::Result<(), Errno> {
+    let capability = fs::xattr::get(&fd, b"", CAPABILITY).unwrap_or_default();
+    let done = act();
     if let Some(value) = capability {
         fs::xattr::set(&fd, b"", CAPABILITY, &value, 0)?;
     }
     if fs::fstat(&fd)?.mode != stat.mode {
         fs::chmod_fd(&fd, stat.mode)?;
     }
-    let Attr { atime, mtime, .. } = attr_of(&stat);
-    fs::utimes_fd(&fd, time(atime), time(mtime))?;
-    cache.note_taken_over(fid, || fs::fstat(&fd))?;
-    if let Some(file) = cache.written(fid).filter(|_| !is_unsaved) {
-        file.taken_over();
-    }
-    Ok(())
+    let Attr { atime, mtime, .. } = attr_of(stat);
+    let timed = fs::utimes_fd(&fd, time(atime), time(mtime));
+    done.and(timed)
 }
 
 /// The server changes these objects: what is here of them is not to be trusted.
@@ -367,6 +387,9 @@ pub fn mark_stale(cache: &Cache, fids: &[Fid]) -> (Vec<Notice>, Result<()>) {
 /// `always`: the kernel may also keep something of what was stale before.
 fn mark(cache: &Cache, fids: &[Fid], always: bool) -> (Vec<Notice>, Result<()>) {
     let (mut notices, mut result) = (Vec::new(), Ok(()));
+    if !fids.is_empty() {
+        cache.news.ring();
+    }
     for fid in fids {
         let mut known = true;
         let marked = edit(cache, *fid, |meta| {

@@ -2,12 +2,15 @@
 //!
 //! `LIMBO/FID` (hexadecimal), a directory beside the tree on its file system. An object that a
 //! rename at the server moved is seen to vanish here before it is seen to appear there: in
-//! between it rests here with its data. What nobody asks for within a while is removed.
+//! between it rests here with its data. What nobody asks for within a while is removed; how long that
+//! is, is counted anew in each life: the time of day may be set, and is not asked.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use crate::kml::record::{Fid, Name};
 use crate::sys::fs::{self, RenameMode};
@@ -16,6 +19,8 @@ use crate::sys::{Errno, crash, cred};
 pub struct Limbo {
     fd: OwnedFd,
     path: PathBuf,
+    /// since when each name is known to be here
+    since: Mutex<HashMap<Vec<u8>, Instant>>,
 }
 
 /// The object's name in limbo.
@@ -35,7 +40,8 @@ fn errno(e: std::io::Error) -> Errno {
 impl Limbo {
     pub fn open(path: &Path) -> Result<Limbo, Errno> {
         std::fs::create_dir_all(path).map_err(errno)?;
-        Ok(Limbo { fd: fs::open_root(path)?, path: path.to_owned() })
+        let since = Mutex::default();
+        Ok(Limbo { fd: fs::open_root(path)?, path: path.to_owned(), since })
     }
 
     /// Moves what stands at `name` here. What was here under its fid is removed.
@@ -47,6 +53,7 @@ impl Limbo {
         }
         fs::rename(dir, name, &self.fd, &to, RenameMode::NoReplace)?;
         crash::point("limbo-taken");
+        self.since().remove(&to); // what was here under its name before was another
         Name::new(&to).map_err(|_| Errno::INVAL)
     }
 
@@ -66,23 +73,32 @@ impl Limbo {
         Ok((fs::open_root(&self.path)?, entries.iter().filter_map(|e| named(&e.name)).collect()))
     }
 
-    /// Removes what has been here for `rest` or longer, unless `keep` says that it is needed.
+    /// Removes what has been here for `rest` or longer, unless `keep` says that it is needed. A
+    /// time counts from the first look at it, or since it came.
     pub fn clear(
         &self,
         rest: Duration,
+        now: Instant,
         keep: impl Fn(Fid, &fs::Stat) -> bool,
     ) -> Result<(), Errno> {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let mut here = HashMap::new();
         for entry in fs::read_dir(&self.fd)? {
             let Some(fid) = fid_of(&entry.name) else { continue };
             let stat = fs::stat(&self.fd, &entry.name)?;
-            // The rename set its ctime.
-            let since = Duration::from_secs(u64::try_from(stat.ctime.0).unwrap_or(0));
-            if now.saturating_sub(since) >= rest && !keep(fid, &stat) {
+            let since = self.since().get(&entry.name).copied().unwrap_or(now);
+            if now.saturating_duration_since(since) >= rest && !keep(fid, &stat) {
                 self.remove(&entry.name)?;
+            } else {
+                here.insert(entry.name, since);
             }
         }
+        *self.since() = here;
         Ok(())
+    }
+
+    fn since(&self) -> MutexGuard<'_, HashMap<Vec<u8>, Instant>> {
+        // Whole after every statement.
+        self.since.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn remove(&self, name: &[u8]) -> Result<(), Errno> {
@@ -129,11 +145,17 @@ mod tests {
         resting.sort();
         let name = |n: &[u8]| Name::new(n).unwrap();
         assert_eq!(resting, [(Fid(10), name(b"a")), (Fid(11), name(b"b"))]);
-        let hour = Duration::from_secs(3600);
-        limbo.clear(hour, |_, _| false).unwrap();
-        limbo.clear(Duration::ZERO, |fid, _| fid == Fid(10)).unwrap();
+        let (hour, now) = (Duration::from_secs(3600), Instant::now());
+        // the time of day says that it came a year ago, and is not asked
+        let year = std::time::SystemTime::now() - 8766 * hour;
+        let times = std::fs::FileTimes::new().set_modified(year);
+        std::fs::File::open(dir.path().join("limbo/a")).unwrap().set_times(times).unwrap();
+        limbo.clear(hour, now, |_, _| false).unwrap();
+        limbo.clear(hour, now + hour / 2, |_, _| false).unwrap();
         assert!(dir.path().join("limbo/a/e/f").exists());
-        limbo.clear(Duration::ZERO, |_, _| false).unwrap();
+        limbo.clear(hour, now + hour, |fid, _| fid == Fid(10)).unwrap();
+        assert!(dir.path().join("limbo/a/e/f").exists() && !dir.path().join("limbo/b").exists());
+        limbo.clear(hour, now + hour, |_, _| false).unwrap();
         assert!(!dir.path().join("limbo/a").exists());
     }
 

@@ -14,10 +14,12 @@ pub mod state;
 pub mod tree;
 
 pub mod cache;
+pub mod evict;
 pub mod hydrate;
 pub mod limbo;
 pub mod merge;
 pub mod pending;
+pub mod pins;
 pub mod power;
 
 pub mod apply;

@@ -31,7 +31,7 @@ impl Own {
 
 struct Waiting {
     seq: Seq,
-    time_ns: u64,
+    at_ns: u64,
     len: u64,
 }
 
@@ -72,11 +72,12 @@ impl Pending {
         Pending { acked, pruned: acked, ..Pending::default() }
     }
 
-    /// A record was appended. Records may come a little out of order.
-    pub fn add(&mut self, seq: Seq, record: &Record) {
+    /// A record was appended. Records may come a little out of order. `at_ns`: when it was made,
+    /// by a clock that nobody sets.
+    pub fn add(&mut self, seq: Seq, record: &Record, at_ns: u64) {
         let len = data_len(record);
         let at = self.waiting.iter().rposition(|w| w.seq < seq).map_or(0, |at| at + 1);
-        self.waiting.insert(at, Waiting { seq, time_ns: record.time_ns, len });
+        self.waiting.insert(at, Waiting { seq, at_ns, len });
         self.len = self.len.saturating_add(len);
         self.written_len = self.written_len.saturating_add(len);
         for fid in [record.op.fid(), record.op.other()].into_iter().flatten() {
@@ -205,6 +206,21 @@ impl Pending {
     pub fn is_dirty(&self, fid: Fid) -> bool {
         self.objects.get(&fid).is_some_and(|own| own.data > self.acked)
     }
+    /// Whether the journal names the object, or would after a crash: something of it, attributes or
+    /// data, is not at the server, be it on its way, or the server is not known for sure to have it.
+    /// `kept`: own records up to here are known to be there, also after a crash.
+    pub fn is_named(&self, fid: Fid, kept: Seq) -> bool {
+        let newest = self.objects.get(&fid).map_or(Seq(0), |own| own.attr.max(own.data));
+        newest > self.acked.min(kept) || self.pruned > kept
+    }
+    /// The server has all own records up to here.
+    pub fn acked_upto(&self) -> Seq {
+        self.acked
+    }
+    /// Whether a later record than `seq` is about the object itself: it may say that it is gone.
+    pub fn is_changed_after(&self, fid: Fid, seq: Seq) -> bool {
+        self.objects.get(&fid).is_some_and(|own| own.attr > seq)
+    }
     /// Every object that own records newer than `mark` are about, and every directory in which
     /// such a record changed a name.
     pub fn newer_than(&self, mark: Seq) -> impl Iterator<Item = Fid> + '_ {
@@ -225,9 +241,9 @@ impl Pending {
     pub fn written_len(&self) -> u64 {
         self.written_len
     }
-    /// When the oldest record was made that the server lacks, nanoseconds since the Unix epoch.
+    /// When the oldest record was made that the server lacks, by the clock that came with it.
     pub fn oldest_ns(&self) -> Option<u64> {
-        self.waiting.front().map(|first| first.time_ns)
+        self.waiting.front().map(|first| first.at_ns)
     }
 }
 
@@ -270,9 +286,9 @@ mod tests {
     #[test]
     fn counts_what_the_server_lacks() {
         let mut table = Pending::new(Seq(0));
-        table.add(Seq(1), &create(1, "a", 9));
-        table.add(Seq(3), &store(9, 2000));
-        table.add(Seq(2), &store(9, 1000));
+        table.add(Seq(1), &create(1, "a", 9), 70);
+        table.add(Seq(3), &store(9, 2000), 70);
+        table.add(Seq(2), &store(9, 1000), 70);
         assert_eq!((table.count(), table.len(), table.written_len()), (3, 3002, 3002));
         assert_eq!(table.oldest_ns(), Some(70));
         assert!(table.is_dirty(Fid(9)) && !table.is_ours(Fid(1)));
@@ -290,7 +306,7 @@ mod tests {
         let over = Over::Exchanged { fid: Fid(8), base: Stamp(0) };
         let (from, to) = (place(1, "a"), place(2, "b"));
         let rename = Op::Rename { from, to, fid: Fid(7), base: Stamp(0), over };
-        table.add(Seq(5), &record(rename));
+        table.add(Seq(5), &record(rename), 70);
         assert_eq!(table.name(Fid(1), &name("a")), Seq(5));
         assert_eq!(table.name(Fid(2), &name("b")), Seq(5));
         assert_eq!(table.name(Fid(2), &name("a")), Seq(0));
@@ -302,9 +318,9 @@ mod tests {
         let cut = Change { size: Some(0), ..Change::default() };
         let new = Change { mode: Some(0o600), ..Change::default() };
         let (base, old) = (Stamp(0), Change::default());
-        table.add(Seq(6), &record(Op::Setattr { fid: Fid(7), base, new, old }));
+        table.add(Seq(6), &record(Op::Setattr { fid: Fid(7), base, new, old }), 70);
         assert!(table.is_ours(Fid(7)) && !table.is_dirty(Fid(7)));
-        table.add(Seq(7), &record(Op::Setattr { fid: Fid(7), base, new: cut, old }));
+        table.add(Seq(7), &record(Op::Setattr { fid: Fid(7), base, new: cut, old }), 70);
         assert!(table.is_dirty(Fid(7)));
         let mut newer: Vec<Fid> = table.newer_than(Seq(5)).collect();
         newer.sort();
@@ -314,9 +330,9 @@ mod tests {
     #[test]
     fn a_directory_that_came_too_early_is_looked_at_again() {
         let mut table = Pending::new(Seq(0));
-        table.add(Seq(1), &create(1, "a", 9));
-        table.add(Seq(2), &create(1, "b", 10));
-        table.add(Seq(3), &create(2, "c", 11));
+        table.add(Seq(1), &create(1, "a", 9), 70);
+        table.add(Seq(2), &create(1, "b", 10), 70);
+        table.add(Seq(3), &create(2, "c", 11), 70);
         assert!(!table.doubt(Fid(1), Seq(0)));
         assert_eq!(table.take_doubtful(Seq(1)), []);
         assert_eq!(table.take_doubtful(Seq(3)), [Fid(1)]);
@@ -332,14 +348,14 @@ mod tests {
     fn marks_outlive_the_acknowledgement_until_pruned() {
         let mut table = Pending::new(Seq(0));
         for seq in 1..=100 {
-            table.add(Seq(seq), &create(1, &seq.to_string(), 1000 + seq));
+            table.add(Seq(seq), &create(1, &seq.to_string(), 1000 + seq), 70);
         }
         table.acked(Seq(100));
         table.prune(Seq(40));
         assert_eq!(table.name(Fid(1), &name("40")), Seq(0));
         assert_eq!(table.name(Fid(1), &name("41")), Seq(41));
         assert_eq!(table.own(Fid(1041)).attr, Seq(41));
-        table.add(Seq(101), &create(2, "x", 1));
+        table.add(Seq(101), &create(2, "x", 1), 70);
         table.acked(Seq(101));
         table.prune(Seq(101));
         assert_eq!(table.name(Fid(2), &name("x")), Seq(101), "one record is not worth the work");

@@ -102,6 +102,8 @@ pub struct Tree {
     moving: RwLock<()>,
     /// goes up when a directory moves: paths must be found anew
     moves: AtomicU64,
+    /// its root was not known
+    is_new: bool,
 }
 
 /// One step on the way up from a directory.
@@ -132,6 +134,7 @@ impl Tree {
             Some(value) => Some(Meta::decode(&value)?),
             None => None,
         };
+        let is_new = known.is_none();
         let meta = known.unwrap_or_else(|| Meta { fid: ROOT, ..Meta::default() });
         fs::xattr::set(&fd, b"", key, &meta.encode(), 0).map_err(|e| no_xattrs(root, key, e))?;
         let (index, anew) = Index::open(index)?;
@@ -148,6 +151,7 @@ impl Tree {
             certain: Mutex::new(clean && !anew),
             moving: RwLock::new(()),
             moves: AtomicU64::new(0),
+            is_new,
         })
     }
 
@@ -465,6 +469,40 @@ impl Tree {
         }
         *certain = true;
         Ok(true)
+    }
+
+    /// Whether directories of the tree were taken away by somebody else: the root (`path` is its
+    /// place), or one that is open here.
+    pub fn is_torn(&self, path: &Path) -> bool {
+        let root = fs::fstat(&*self.root).map(|stat| stat.ino).ok();
+        let there = fs::open_root(path).and_then(fs::fstat).map(|stat| stat.ino).ok();
+        if there != root {
+            return true;
+        }
+        let open: Vec<Arc<Dir>> = held(&self.dirs).iter().map(|(_, dir)| dir.clone()).collect();
+        let gone = |dir: &Dir| fs::fstat(dir).is_ok_and(|stat| stat.nlink == 0);
+        let mut torn = false;
+        for dir in open.into_iter().filter(|dir| gone(dir)) {
+            // Whoever removes one of ours holds these, and closes it before they are given back.
+            let (_entries, _object) = (self.lock(&[dir.fid]), self.lock_objects(&[dir.fid]));
+            let is_open = self.cached_dir(dir.fid).is_some_and(|now| Arc::ptr_eq(&now, &dir));
+            let rested = self.index.names(dir.fid).is_ok_and(|at| at.iter().any(|p| p.0 == LIMBO));
+            if is_open {
+                self.close_dir(dir.fid);
+                torn |= !rested; // limbo is cleared by ourselves
+            }
+        }
+        torn
+    }
+
+    /// The root is to count as unknown at the next start.
+    pub fn forget_root(&self) -> Result<()> {
+        Ok(fs::xattr::remove(&*self.root, b"", self.key)?)
+    }
+
+    /// Whether the root carried nothing of ours when the tree was opened.
+    pub fn is_new(&self) -> bool {
+        self.is_new
     }
 
     /// All places that the index knows, unchecked.

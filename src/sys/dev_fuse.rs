@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::mount::MountFlags;
 
 use super::Errno;
 
@@ -95,11 +95,6 @@ pub fn receive(dev: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
 pub fn send(dev: impl AsFd, head: &[u8], body: &[u8]) -> Result<(), Errno> {
     let parts = [IoSlice::new(head), IoSlice::new(body)];
     rustix::io::writev(dev, &parts).map(drop)
-}
-
-/// Takes the mount away at once; who is in it keeps what is open.
-pub fn detach(at: &Path) -> io::Result<()> {
-    Ok(rustix::mount::unmount(at, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
 }
 
 /// A device number as FUSE carries it: 12 bits of major, 20 of minor.

@@ -52,6 +52,29 @@ pub fn has_writer(file: BorrowedFd) -> bool {
     Errno::from_io_error(&io::Error::last_os_error()) == Some(Errno::AGAIN)
 }
 
+/// Whether nobody else has the file open or mapped, in whatever way, or runs it. `file` is open for
+/// reading and writing, and for nothing else through another descriptor.
+///
+/// # Errors
+/// `INVAL` and the like where the file system has no leases: then nobody can tell.
+#[allow(unsafe_code)]
+pub fn is_alone(file: BorrowedFd) -> Result<bool, Errno> {
+    let (fd, lease) = (file.as_raw_fd(), libc::F_SETLEASE);
+    // SAFETY: fcntl with integers, on a descriptor that is borrowed for all of the calls.
+    let taken = unsafe {
+        libc::fcntl(fd, F_SETSIG, libc::SIGURG); // as above
+        let taken = libc::fcntl(fd, lease, libc::F_WRLCK) == 0;
+        let error = io::Error::last_os_error();
+        libc::fcntl(fd, lease, libc::F_UNLCK);
+        if taken { Ok(()) } else { Err(error) }
+    };
+    match taken.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO)) {
+        Ok(()) => Ok(true),
+        Err(Errno::AGAIN | Errno::BUSY) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// Makes the entries of a directory durable.
 ///
 /// # Errors

@@ -34,6 +34,24 @@ fn parse(mountinfo: &[u8]) -> Vec<PathBuf> {
     mountinfo.split(|&b| b == b'\n').filter_map(point).collect()
 }
 
+/// Who mounted the newest of ours at `path`: its user id.
+pub fn owner(path: &Path) -> Option<u32> {
+    owner_in(&std::fs::read("/proc/self/mountinfo").ok()?, path)
+}
+
+fn owner_in(mountinfo: &[u8], path: &Path) -> Option<u32> {
+    let owner = |line: &[u8]| {
+        let mut fields = line.split(|&b| b == b' ');
+        let at_path = unescape(fields.nth(4)?) == path;
+        fields.find(|field| field == b"-")?;
+        (at_path && fields.next()? == FS_TYPE.as_bytes()).then_some(())?;
+        let options = fields.nth(1)?;
+        let uid = options.split(|&b| b == b',').find_map(|o| o.strip_prefix(b"user_id="))?;
+        std::str::from_utf8(uid).ok()?.parse().ok()
+    };
+    mountinfo.split(|&b| b == b'\n').filter_map(owner).next_back()
+}
+
 /// The type of the file system that an absolute path is on, for messages.
 pub fn type_of(path: &Path) -> Option<String> {
     let text = std::fs::read("/proc/self/mountinfo").ok()?;
@@ -147,5 +165,8 @@ garbage\n";
         let want: Vec<PathBuf> =
             ["/mnt/a b\\c", "/mnt/plain", "/mnt/odd\\0"].iter().map(PathBuf::from).collect();
         assert_eq!(parse(text), want);
+        assert_eq!(owner_in(text, Path::new("/mnt/a b\\c")), Some(0));
+        assert_eq!(owner_in(text, Path::new("/mnt/plain")), None);
+        assert_eq!(owner_in(text, Path::new("/mnt/other")), None);
     }
 }

@@ -20,6 +20,7 @@ pub mod compare;
 pub mod ops;
 pub mod tree;
 
+use std::cell::RefCell;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Read;
@@ -197,6 +198,51 @@ pub fn is_mounted(point: &Path) -> bool {
     info.lines().any(|line| line.split(' ').nth(4) == point.to_str())
 }
 
+// ---- networks --------------------------------------------------------------------------------
+
+thread_local! {
+    /// the network name space in which this test's servers and mounts live, if not in ours
+    static NETWORK: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// A network of its own for the servers and mounts that this thread starts from now on. Mounts are
+/// seen in our tree all the same, and control sockets are no part of a network.
+pub struct Network(String);
+
+impl Network {
+    /// `None` says that this machine has none to give; the caller's test ends then.
+    pub fn new(name: &str) -> Option<Network> {
+        let name = format!("imz-{name}-{}", std::process::id());
+        if !command(&["ip", "netns", "add", &name]).status().is_ok_and(|status| status.success()) {
+            return unable("no network name spaces (ip netns)");
+        }
+        run(&["ip", "-n", &name, "link", "set", "lo", "up"]);
+        NETWORK.with(|network| *network.borrow_mut() = Some(name.clone()));
+        Some(Network(name))
+    }
+    /// Every packet is lost from now on, as behind a cut cable: nobody is told.
+    pub fn cut(&self) {
+        run(&["tc", "-n", &self.0, "qdisc", "replace", "dev", "lo", "root", "blackhole"]);
+    }
+    pub fn heal(&self) {
+        run(&["tc", "-n", &self.0, "qdisc", "del", "dev", "lo", "root"]);
+    }
+    /// No interface is up: there is no way to anybody.
+    pub fn down(&self) {
+        run(&["ip", "-n", &self.0, "link", "set", "lo", "down"]);
+    }
+    pub fn up(&self) {
+        run(&["ip", "-n", &self.0, "link", "set", "lo", "up"]);
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        NETWORK.with(|network| *network.borrow_mut() = None);
+        let _ = command(&["ip", "netns", "del", &self.0]).status(); // processes in it keep it
+    }
+}
+
 // ---- children --------------------------------------------------------------------------------
 
 /// A running imz, and all that it and its earlier lives said.
@@ -216,8 +262,14 @@ impl Process {
     fn start(&mut self, words: &[OsString]) {
         assert!(self.child.is_none(), "it runs already");
         let log = self.log.reopen().unwrap();
-        let mut command = Command::new(&words[0]);
-        command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null());
+        let network = NETWORK.with(|network| network.borrow().clone());
+        let mut all: Vec<OsString> = Vec::new();
+        if let Some(name) = network {
+            all.extend(["nsenter".into(), format!("--net=/run/netns/{name}").into(), "--".into()]);
+        }
+        all.extend(words.iter().cloned());
+        let mut command = Command::new(&all[0]);
+        command.args(&all[1..]).stdin(Stdio::null()).stdout(Stdio::null());
         self.lives += 1;
         if let Some(point) = self.crash_at.take() {
             command.env("IMZ_CRASH_AT", point);
@@ -551,6 +603,11 @@ impl Mount {
             }
         }
         !crashed
+    }
+
+    /// As it is mounted from now on.
+    pub fn set_source(&mut self, source: impl Into<OsString>) {
+        self.source = source.into();
     }
 
     /// The mount point.

@@ -182,7 +182,7 @@ impl Cache {
         let record = Record { time_ns: self.now_ns, origin, uid: 0, gid: 0, path, op };
         let entry = Entry { record, done: false, solid: false, after: None };
         let nth = self.journal.len();
-        self.pending.add(Seq(nth as u64 + 1), &entry.record);
+        self.pending.add(Seq(nth as u64 + 1), &entry.record, entry.record.time_ns);
         self.journal.push(entry);
         let done = act(self);
         self.journal[nth].done = done.is_ok();
@@ -578,7 +578,8 @@ impl Cache {
         }
         self.pending = Pending::new(self.acked);
         for nth in self.acked.0 as usize..self.journal.len() {
-            self.pending.add(Seq(nth as u64 + 1), &self.journal[nth].record);
+            let record = &self.journal[nth].record;
+            self.pending.add(Seq(nth as u64 + 1), record, record.time_ns);
         }
         self.pending.doubt_all();
     }

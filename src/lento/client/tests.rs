@@ -228,15 +228,62 @@ fn a_connection_that_never_stands_is_given_up() {
     let mut rig = Rig::new(0, 0);
     rig.client.on_wake(rig.now);
     rig.client.on_want(Want::Dir { fid: ROOT, have: Stamp(0) }, 1, rig.now);
-    rig.pass(9_999);
+    rig.pass(2_999);
     assert_eq!(rig.effects(), [Effect::Connect]);
     assert!(rig.client.wake_at() <= rig.now + Duration::from_millis(1));
     rig.pass(1);
-    let effects = rig.effects();
-    assert!(matches!(effects[0], Effect::Close { .. }));
-    assert_eq!(Rig::resolved(&effects), [(1, Err(Unmet::Unreachable))]);
+    assert_eq!(rig.effects(), [Effect::Resolve { ticket: 1, how: Err(Unmet::Unreachable) }]);
     rig.client.on_want(Want::Dir { fid: ROOT, have: Stamp(0) }, 2, rig.now);
     assert_eq!(Rig::resolved(&rig.effects()), [(2, Err(Unmet::Unreachable))], "at once");
+    rig.pass(7_000);
+    assert!(matches!(rig.effects()[..], [Effect::Close { .. }]), "it is tried for longer");
+}
+
+#[test]
+fn who_knows_that_the_server_is_away_waits_no_more() {
+    let want = Want::Dir { fid: ROOT, have: Stamp(0) };
+    // closed: it may come back soon
+    let mut rig = Rig::online(0, 0);
+    rig.client.on_closed(rig.now);
+    rig.client.on_want(want.clone(), 1, rig.now);
+    rig.pass(2_999);
+    assert_eq!(Rig::resolved(&rig.effects()), []);
+    assert_eq!(rig.client.away_at(), Some(rig.now + Duration::from_millis(1)));
+    rig.pass(1);
+    assert_eq!(Rig::resolved(&rig.effects()), [(1, Err(Unmet::Unreachable))]);
+    // no way to it: at once, also for who waits already
+    let mut rig = Rig::online(0, 0);
+    rig.client.on_closed(rig.now);
+    rig.client.on_want(want.clone(), 1, rig.now);
+    rig.client.on_no_way(rig.now);
+    assert!(rig.client.wake_at() <= rig.now);
+    rig.client.on_wake(rig.now);
+    rig.client.on_want(want.clone(), 2, rig.now);
+    let away = Err(Unmet::Unreachable);
+    assert_eq!(Rig::resolved(&rig.effects()), [(1, away), (2, away)]);
+    // but who is connected does not believe it
+    let mut rig = Rig::online(0, 0);
+    rig.client.on_no_way(rig.now);
+    rig.client.on_want(want, 1, rig.now);
+    rig.pass(1);
+    assert_eq!((Rig::resolved(&rig.effects()), rig.client.away_at()), (vec![], None));
+}
+
+/// The clock that the machine is given counts sleep: after a night, or a year, nothing that it might do
+/// without asking is left, whatever it thought to be connected to.
+#[test]
+fn who_slept_for_a_night_has_no_rights_left() {
+    for hours in [8, 365 * 24] {
+        let mut rig = Rig::online(0, 0);
+        rig.all_effects();
+        rig.pass(hours * 3_600_000);
+        let effects = rig.all_effects();
+        assert!(effects.contains(&Effect::SetOnline(false)), "{effects:?}");
+        assert!(effects.contains(&Effect::SetVolume { mode: Mode::None, raise: false }));
+        assert!(rig.client.away_at() <= Some(rig.now), "and nobody waits");
+        let soon = rig.now + policy::RETRY_MIN;
+        assert!(rig.client.wake_at() <= soon, "it comes back by itself, and soon");
+    }
 }
 
 #[test]

@@ -21,6 +21,9 @@ use crate::sys::{boot, crash, cred, fs};
 /// imz's part of a cache directory; the files are in `tree` beside it.
 const OWN: &str = ".imz";
 
+/// How the tree's root looked at the last end.
+const LEFT: &str = "left";
+
 /// An open cache.
 pub struct Opened {
     pub cache: Arc<Cache>,
@@ -105,7 +108,61 @@ pub fn open(dir: &Path, source: &Source, volume: &str) -> anyhow::Result<Opened>
         settle(&tree, &log, facts.epoch).with_context(|| format!("{}: recovery", name()))?;
     }
     let cache = Cache::new(tree, log, state, &own.join("limbo"))?;
+    look_for_losses(dir, &cache)?;
     Ok(Opened { cache: Arc::new(cache), writers, store })
+}
+
+/// Whether somebody removed files of the cache since it was last used. What the server has comes back;
+/// where the cache had something that the server lacks, that is for people to know before all else.
+fn look_for_losses(dir: &Path, cache: &Cache) -> anyhow::Result<()> {
+    let left = std::fs::read_to_string(dir.join(OWN).join(LEFT)).unwrap_or_default();
+    let _ = std::fs::remove_file(dir.join(OWN).join(LEFT)); // it is true at the start only
+    let is_changed = !left.is_empty() && left != looks(cache);
+    let is_gone = cache.tree.is_new() && cache.state.facts().volume_id() != 0;
+    let pending = cache.pending().count();
+    if is_gone && pending > 0 {
+        let what = format!(
+            "{}: the files of this cache were removed, and with them the contents of changes that \
+             the server does not have: {pending} records (imz kml dump {} names them). Nothing of \
+             them is shipped. Put the files back, mount with another --cache, or remove {} to begin \
+             anew with what the server has",
+            dir.join("tree").display(),
+            dir.display(),
+            dir.display()
+        );
+        // so that it is seen again
+        cache.tree.forget_root().map_err(anyhow::Error::from)?;
+        return Err(Failure::new(Exit::Damaged, what).into());
+    }
+    if is_gone || is_changed {
+        log::warn!("{}", torn(&dir.join("tree"), true));
+        cache.bump_epoch()?;
+    }
+    Ok(())
+}
+
+/// What is said of files that somebody else removed.
+pub fn torn(tree: &Path, is_there: bool) -> String {
+    let what = "somebody removed files of the cache";
+    match is_there {
+        true => format!(
+            "{}: {what}: what the server has comes back, what it lacked of them is lost",
+            tree.display()
+        ),
+        false => format!(
+            "{}: {what}, all of them: unmount (imz umount --now) and mount again; what the server \
+             has comes back",
+            tree.display()
+        ),
+    }
+}
+
+/// How the root of the tree looks: any name that comes or goes there shows.
+fn looks(cache: &Cache) -> String {
+    match fs::fstat(&**cache.tree.root()) {
+        Ok(stat) => format!("{} {:?}\n", stat.ino, stat.mtime),
+        Err(_) => String::new(),
+    }
 }
 
 /// Finds the outcome of what was under way, and tells the index what it may have forgotten.
@@ -155,6 +212,8 @@ pub fn close(cache: &Cache) -> anyhow::Result<()> {
     // "clean" is believed after a power cut, too
     fs::syncfs(&**cache.tree.root())?;
     cache.state.edit(|facts| (facts.clean, facts.boot_id) = (true, boot::id()))?;
+    // A hint, and not worth a failure.
+    let _ = std::fs::write(cache.state.dir().join(LEFT), looks(cache));
     Ok(())
 }
 

@@ -6,16 +6,19 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use super::keep::Keeping;
 use crate::cli::MountArgs;
 use crate::cli::options::Source;
 use crate::kml::record::{ROOT, Seq};
 use crate::lento::client::Unmet;
 use crate::lento::locks::{Denied, LockAsk};
 use crate::lento::message::Space;
+use crate::lento::policy;
 use crate::lento::rights::Mode;
 use crate::modes::{Exit, Failure};
 use crate::net::client::{self, FirstContact, Handle, Notify};
 use crate::net::conflicts::Ask;
+use crate::net::control::keep::Wish;
 use crate::net::control::{Answer, Status};
 use crate::presto::device::Kernel;
 use crate::presto::filter::{Filter, Lento, LockDone, Want};
@@ -39,6 +42,10 @@ impl Lento for Way {
 
     fn when_acked(&self, seq: Seq, done: Box<dyn FnOnce(Result<(), Errno>) + Send>) {
         self.0.wait_acked(seq, Box::new(|met| done(met.map_err(errno))));
+    }
+
+    fn when_back(&self, done: Box<dyn FnOnce(bool) + Send>) {
+        self.0.wait_online(Box::new(|met| done(met.is_ok())));
     }
 
     fn space(&self) -> Space {
@@ -141,7 +148,10 @@ pub fn meet(
 ) -> anyhow::Result<()> {
     let facts = cache.state.facts();
     let known = facts.volume_id() != 0;
-    let met = if known { handle.first_attempt(timeout) } else { handle.first_contact(timeout) };
+    let met = match known {
+        true => handle.first_attempt(policy::away_after(timeout)),
+        false => handle.first_contact(timeout),
+    };
     let Err(e) = met else { return Ok(()) };
     let exit = match &e {
         FirstContact::Unreachable { .. } => Exit::Unreachable,
@@ -169,6 +179,7 @@ pub fn meet(
 pub struct Told<F> {
     filter: Arc<Filter>,
     handle: Handle,
+    keeping: Keeping,
     mountpoint: PathBuf,
     cache_dir: PathBuf,
     shutdown: F,
@@ -176,14 +187,15 @@ pub struct Told<F> {
 
 impl<F> Told<F> {
     pub fn new(
-        filter: &Arc<Filter>,
+        keeping: &Keeping,
         handle: &Handle,
         args: &MountArgs,
         cache_dir: &Path,
         shutdown: F,
     ) -> Told<F> {
         Told {
-            filter: filter.clone(),
+            filter: keeping.filter.clone(),
+            keeping: keeping.clone(),
             handle: handle.clone(),
             mountpoint: args.mountpoint.clone(),
             cache_dir: cache_dir.to_owned(),
@@ -194,13 +206,15 @@ impl<F> Told<F> {
 
 impl<F: Fn() + Send + Sync> Answer for Told<F> {
     fn status(&self) -> Status {
-        let s = self.handle.status();
+        let (s, pinned) = (self.handle.status(), self.keeping.sum());
         Status {
             mount: self.mountpoint.clone(),
             server: s.server,
             volume: s.volume,
             connected: s.connected,
             since: humantime::format_rfc3339_seconds(s.since).to_string(),
+            since_seconds: s.since_ago.as_secs(),
+            away: s.away,
             pending_records: s.pending_count,
             pending_bytes: s.pending_len,
             oldest_pending_seconds: s.oldest.map_or(0, |age| age.as_secs()),
@@ -208,6 +222,12 @@ impl<F: Fn() + Send + Sync> Answer for Told<F> {
             cache: self.cache_dir.clone(),
             cache_clean_bytes: s.clean_len,
             cache_dirty_bytes: s.dirty_len,
+            cache_max_bytes: self.keeping.evictor.max().unwrap_or(0),
+            evicted_bytes: self.filter.cache.evicted_len(),
+            pins: pinned.pins,
+            pinned_objects: pinned.objects,
+            pinned_bytes: pinned.len,
+            pinned_missing_files: pinned.missing,
             conflicts: s.conflicts,
             saved_records: s.saved_records,
             saved_bytes: s.saved_len,
@@ -243,5 +263,9 @@ impl<F: Fn() + Send + Sync> Answer for Told<F> {
 
     fn conflicts(&self, ask: Ask) -> Result<serde_json::Value, String> {
         self.handle.conflicts(ask)
+    }
+
+    fn keep(&self, wish: &Wish) -> Result<serde_json::Value, String> {
+        self.keeping.answer(wish)
     }
 }

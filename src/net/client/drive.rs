@@ -22,6 +22,7 @@ use crate::replica::hydrate::{self, Notice};
 use crate::replica::merge::{self, Listing};
 use crate::replica::meta::Meta;
 use crate::replica::tree::TreeError;
+use crate::sys::clock;
 
 mod link;
 mod locks;
@@ -61,6 +62,8 @@ pub(super) struct Driver {
     last_conflict: u64,
     /// own records whose acknowledgement somebody waits for, and since when nothing moves
     waiting: Vec<(Seq, Instant, Waiter)>,
+    /// who waits for the server to come back
+    for_online: Vec<Waiter>,
     listings: HashMap<Fid, Listing>,
     /// objects whose last fetch the cache could not take
     failed: HashMap<Fid, i32>,
@@ -101,7 +104,7 @@ impl Driver {
         worker: Worker,
     ) -> Driver {
         let cache = shared.cache.clone();
-        let (facts, now) = (cache.state.facts(), Instant::now());
+        let (facts, now) = (cache.state.facts(), clock::now());
         let who = Who {
             volume: facts.volume.clone(),
             incarnation: facts.incarnation().to_be_bytes(),
@@ -134,6 +137,7 @@ impl Driver {
             conflicts: HashMap::new(),
             last_conflict: 0,
             waiting: Vec::new(),
+            for_online: Vec::new(),
             listings: HashMap::new(),
             failed: HashMap::new(),
             reads: VecDeque::new(),
@@ -151,17 +155,17 @@ impl Driver {
 
     pub fn run(mut self) {
         let mut events = Vec::new();
-        self.look_at_journal(Instant::now());
+        self.look_at_journal(clock::now());
         while !self.stop {
-            let now = Instant::now();
+            let now = clock::now();
             self.machine.on_wake(now);
             self.turn(now);
-            let timeout = self.wake_at().saturating_duration_since(Instant::now());
+            let timeout = self.wake_at().saturating_duration_since(clock::now());
             if let Err(e) = self.event_loop.wait(Some(timeout), &mut events) {
                 log::error!("the event loop cannot wait: {e}");
                 break;
             }
-            let now = Instant::now();
+            let now = clock::now();
             for event in &events {
                 if let Event::Ready { token, .. } = event
                     && token.0 as u64 == self.generation
@@ -188,7 +192,7 @@ impl Driver {
         if let Link::Up(conn) = &self.link
             && conn.has_more()
         {
-            return Instant::now();
+            return clock::now();
         }
         let waiting = self.waiting.iter().map(|(_, since, _)| *since + self.timeout).min();
         let keep = self.must_keep().then_some(self.keep_at);
@@ -233,6 +237,13 @@ impl Driver {
                 self.waiting.push((seq, now, waiter));
                 self.on_told(In::ShipNow, now);
             }
+            In::WaitOnline(waiter) if self.machine.is_online() => waiter.end(Ok(())),
+            In::WaitOnline(waiter) => self.for_online.push(waiter),
+            In::Keep => self.keep(now),
+            In::Doubt(why) => {
+                self.note_error(&why);
+                self.bump_epoch();
+            }
             In::WantSpace => self.machine.on_want_space(),
             In::Lock(number, ask, then) => self.on_lock(number, ask, then, now),
             In::CancelLock(number) => self.machine.on_lock_cancel(number),
@@ -250,15 +261,7 @@ impl Driver {
                 self.machine.on_told(recall_id);
             }
             In::Told { .. } => {}
-            In::Resolved { generation, found } => {
-                self.resolving = false;
-                if generation == self.generation {
-                    match found {
-                        Ok(addrs) => self.connect(addrs, now),
-                        Err(e) => self.lost(&e.to_string(), now),
-                    }
-                }
-            }
+            In::Resolved { found } => self.on_resolved(found, now),
             In::Cut { generation, cut } if generation == self.cutting => match cut {
                 Ok(Some((batch, len))) => self.machine.on_batch_cut(Some(batch), len, now),
                 Ok(None) => self.machine.on_batch_cut(None, 0, now),
@@ -401,6 +404,9 @@ impl Driver {
                 if online && self.shared.rights.edit(|rights| rights.volume()) == Mode::None {
                     self.forget_all(Box::new(|| ()));
                 }
+                if online {
+                    self.for_online.drain(..).for_each(|waiter| waiter.end(Ok(())));
+                }
             }
             Effect::SaveCurrent(_) => self.keep(now),
         }
@@ -540,7 +546,7 @@ impl Driver {
             let pending = self.cache.pending();
             (pending.written_len(), pending.oldest_ns())
         };
-        let age = oldest_ns.map_or(Duration::ZERO, super::age_of);
+        let age = oldest_ns.map_or(Duration::ZERO, clock::age_of);
         let oldest_at = now.checked_sub(age).unwrap_or(now);
         self.machine.on_bell(Bell { settled, written_len, oldest_at }, now);
         self.turn(now);
@@ -585,6 +591,7 @@ impl Driver {
             self.rate = Rate { since: now, out, per_second };
         }
         let mut facts = self.shared.facts();
+        facts.away_at = self.machine.away_at();
         facts.rate = self.rate.per_second as u64;
         facts.messages = self.machine.messages();
         facts.requests_foreground = self.machine.requests_foreground();
@@ -598,7 +605,7 @@ impl Driver {
     }
 
     fn finish(mut self) {
-        self.keep(Instant::now());
+        self.keep(clock::now());
         self.link = Link::None;
         self.cache.set_online(false);
         self.worker.finish();

@@ -3,13 +3,14 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::AsFd;
 
-use crate::kml::record::Fid;
+use crate::kml::record::{Fid, Range};
 use crate::lento::client::Bytes;
 use crate::lento::message::{Code, Data, Failed, Message, Object, Page, RANGE_LEN_MAX, Read};
 use crate::lento::policy;
 use crate::replica::cache::Cache;
 use crate::replica::hydrate::Remote;
 use crate::replica::merge::RemotePage;
+use crate::replica::meta::Meta;
 use crate::replica::tree::TreeError;
 use crate::sys::Errno;
 use crate::sys::fs::{self, Kind, o};
@@ -59,6 +60,9 @@ pub fn answer_of(cache: &Cache, read: &Read) -> Message {
         if stat.kind() != Kind::File {
             return Err(TreeError::Gone(read.fid));
         }
+        if !is_here(cache, &file, &[Range { at: read.at, len: read.len.into() }]) {
+            return Err(TreeError::Gone(read.fid));
+        }
         let mut bytes = vec![0; read.len.min(RANGE_LEN_MAX) as usize];
         let len = read_full(&file, &mut bytes, read.at)?;
         bytes.truncate(len);
@@ -77,6 +81,16 @@ pub fn answer_of(cache: &Cache, read: &Read) -> Message {
         }
         Err(e) => failed(Code::Io, e.to_string()),
     }
+}
+
+/// Whether these ranges were not evicted, for then they would read as zeros. (The server lost what
+/// it had acknowledged: only then it asks for what may be evicted.) What is merely old, since new
+/// contents are to come, is here.
+pub fn is_here(cache: &Cache, file: impl AsFd, ranges: &[Range]) -> bool {
+    let meta = cache.tree.meta_of(&file);
+    let missing = |meta: &Meta| ranges.iter().any(|r| meta.missing(r.at, r.len).is_some());
+    let missing = meta.is_ok_and(|meta| meta.is_some_and(|meta| missing(&meta)));
+    !(missing && fs::fstat(&file).is_ok_and(|stat| stat.blocks == 0))
 }
 
 /// Reads until the end of the file or of `into`.

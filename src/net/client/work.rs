@@ -26,7 +26,7 @@ use crate::replica::meta::Meta;
 use crate::replica::pending::data_len;
 use crate::replica::tree::TreeError;
 use crate::sys::fs::{self, o};
-use crate::sys::{Errno, crash};
+use crate::sys::{Errno, clock, crash};
 
 /// Most records that are optimised together.
 const TOGETHER_MAX: usize = 16384;
@@ -128,7 +128,7 @@ fn keep(cache: &Cache, acked: Seq, current: Stamp) -> Result<(), CacheError> {
     cache.keep_all(acked, current)?;
     cache.log.trim(acked)?;
     let keep = |fid, stat: &fs::Stat| is_kept(cache, fid, stat.kind(), acked);
-    if let Err(e) = cache.limbo.clear(LIMBO_REST, keep) {
+    if let Err(e) = cache.limbo.clear(LIMBO_REST, clock::now(), keep) {
         log::warn!("limbo: {e}");
     }
     Ok(())
@@ -179,7 +179,7 @@ impl Cutter {
             }
             make_whole(cache, record);
             let wire = codec::encode_wire(record, *seq).map_err(LogError::Unwritable)?;
-            let data = content(cache, record);
+            let data = content(cache, *seq, record);
             if data.as_ref().is_some_and(|data| (data.len() as u64) < data_len(record)) {
                 // What took the file away must not be lost with the power now: the server will not
                 // ask for the contents again.
@@ -239,8 +239,9 @@ fn make_whole(cache: &Cache, record: &mut Record) {
 }
 
 /// The bytes that travel with the record: `None` when the server is to fetch them. Shorter than
-/// announced when the file is gone, as a later record says as well.
-fn content(cache: &Cache, record: &Record) -> Option<Vec<u8>> {
+/// announced when nobody has them any more: the file is gone, as a later record says as well, or
+/// somebody took it out of the cache. Then the server's version stays as it is.
+fn content(cache: &Cache, seq: Seq, record: &Record) -> Option<Vec<u8>> {
     let Op::Store { fid, ranges, .. } = &record.op else { return None };
     let total = data_len(record);
     if total > INLINE_LEN_MAX as u64 {
@@ -250,6 +251,10 @@ fn content(cache: &Cache, record: &Record) -> Option<Vec<u8>> {
     let file = match cache.tree.open_object(*fid, o::RDONLY | o::NONBLOCK) {
         Ok(file) => file,
         Err(TreeError::Gone(_) | TreeError::Os(Errno::NOENT | Errno::LOOP)) => {
+            if !cache.pending().is_changed_after(*fid, seq) {
+                let path = record.path.escape_ascii();
+                log::error!("{path} is gone from the cache, and its contents are lost");
+            }
             return Some(Vec::new());
         }
         Err(e) => {
@@ -258,6 +263,11 @@ fn content(cache: &Cache, record: &Record) -> Option<Vec<u8>> {
             return None;
         }
     };
+    let here = super::files::is_here(cache, &file, ranges);
+    if !here {
+        log::error!("{} is not all in the cache any more", record.path.escape_ascii());
+        return Some(Vec::new());
+    }
     let mut at = 0;
     for range in ranges {
         // What a later truncation took reads as zeros: its record follows.

@@ -33,6 +33,9 @@ struct Asked {
 struct Fake(Mutex<Asked>);
 
 impl Lento for Fake {
+    fn when_back(&self, done: Box<dyn FnOnce(bool) + Send>) {
+        done(true)
+    }
     fn want(&self, want: Want, done: Then) {
         self.0.lock().unwrap().wants.push((want, done));
     }

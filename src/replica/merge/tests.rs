@@ -614,6 +614,9 @@ fn limbo_keeps_modes_that_deny_everybody() {
     assert_eq!(mode, if cred::is_root() { 0 } else { 0o700 });
     rig.list(1, 0, vec![]);
     assert!(rig.limbo_has(10));
-    rig.cache.limbo.clear(std::time::Duration::ZERO, |_, _| false).unwrap();
+    rig.cache
+        .limbo
+        .clear(std::time::Duration::ZERO, std::time::Instant::now(), |_, _| false)
+        .unwrap();
     assert!(!rig.limbo_has(10));
 }

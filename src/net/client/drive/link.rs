@@ -9,23 +9,23 @@ use crate::net::client::{In, Peer};
 use crate::net::conn::{Conn, Lane};
 use crate::net::poll::{Stream, Token};
 use crate::replica::state::hex;
+use crate::sys::clock;
 
 impl Driver {
     pub(super) fn begin_to_connect(&mut self, now: Instant) {
         self.generation += 1;
-        let generation = self.generation;
         match &mut self.peer {
             Peer::Embedded(give) => match give().and_then(Stream::from_unix) {
                 Ok(stream) => self.up(stream, now),
                 Err(e) => self.lost(&e.to_string(), now),
             },
-            // A look-up that is still under way: its answer comes too late, and so does this one.
+            // A look-up that is still under way: its answer serves this attempt, too.
             Peer::Tcp(..) if self.resolving => {}
             Peer::Tcp(host, port) => {
                 let (shared, at) = (self.shared.clone(), (host.clone(), *port));
                 let resolve = move || {
                     let found = (&at.0[..], at.1).to_socket_addrs().map(Iterator::collect);
-                    shared.tell(In::Resolved { generation, found });
+                    shared.tell(In::Resolved { found });
                 };
                 let name = "imz-resolver".to_owned();
                 match std::thread::Builder::new().name(name).spawn(resolve) {
@@ -38,7 +38,7 @@ impl Driver {
 
     /// Tries the addresses one after another.
     pub(super) fn connect(&mut self, mut addrs: Vec<SocketAddr>, now: Instant) {
-        let mut why = "the name has no address".to_owned();
+        let mut why = std::io::Error::other("the name has no address");
         while !addrs.is_empty() {
             let addr = addrs.remove(0);
             let begun = Stream::connect(addr).and_then(|mut stream| {
@@ -50,10 +50,10 @@ impl Driver {
                     self.link = Link::Connecting(stream, addrs);
                     return;
                 }
-                Err(e) => why = format!("{addr}: {e}"),
+                Err(e) => why = std::io::Error::new(e.kind(), format!("{addr}: {e}")),
             }
         }
-        self.lost(&why, now);
+        self.failed(&why, now);
     }
 
     pub(super) fn up(&mut self, mut stream: Stream, now: Instant) {
@@ -74,7 +74,7 @@ impl Driver {
             Link::Connecting(stream, addrs) => match stream.connected() {
                 Ok(true) => self.up(stream, now),
                 Ok(false) => self.link = Link::Connecting(stream, addrs),
-                Err(e) if addrs.is_empty() => self.lost(&e.to_string(), now),
+                Err(e) if addrs.is_empty() => self.failed(&e, now),
                 Err(_) => {
                     drop(stream);
                     self.connect(addrs, now);
@@ -128,8 +128,33 @@ impl Driver {
         self.conflicts.clear(); // who waits is told by that
         self.listings.clear();
         self.cache.pending().take_back();
+        self.cache.end_arriving();
         // Answers of the old connection must not reach the new one.
         self.generation += 1;
+    }
+
+    /// It could not be made, or broke. Where the network itself says that there is no way to the
+    /// server, nobody needs to wait for another attempt.
+    fn failed(&mut self, why: &std::io::Error, now: Instant) {
+        if has_no_way(why) {
+            self.machine.on_no_way(now);
+        }
+        self.lost(&why.to_string(), now);
+    }
+
+    pub(super) fn on_resolved(&mut self, found: std::io::Result<Vec<SocketAddr>>, now: Instant) {
+        self.resolving = false;
+        // An answer that comes late serves the attempt that is under way by then.
+        if !(self.machine.is_connecting() && matches!(self.link, Link::None)) {
+            return;
+        }
+        match found {
+            Ok(addrs) => self.connect(addrs, now),
+            Err(e) => {
+                self.machine.on_no_way(now);
+                self.lost(&e.to_string(), now);
+            }
+        }
     }
 
     pub(super) fn lost(&mut self, why: &str, now: Instant) {
@@ -174,11 +199,22 @@ impl Driver {
         self.cache.set_online(online);
         let mut facts = self.shared.facts();
         (facts.connected, facts.since) = (online, SystemTime::now());
+        (facts.since_at, facts.away_at) = (clock::now(), self.machine.away_at());
         if online {
             facts.contact = Some(Ok(()));
             facts.last_error = None;
+            self.cache.news.ring();
             log::info!("{}: connected", self.shared.server);
         }
         self.shared.changed.notify_all();
     }
+}
+
+/// The network itself says that the server cannot be reached: it is not merely starting again.
+fn has_no_way(why: &std::io::Error) -> bool {
+    use std::io::ErrorKind as Kind;
+    matches!(
+        why.kind(),
+        Kind::NetworkUnreachable | Kind::HostUnreachable | Kind::NetworkDown | Kind::TimedOut
+    )
 }

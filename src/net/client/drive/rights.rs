@@ -80,6 +80,7 @@ impl Driver {
 
     /// The kernel forgets everything: what is here has to be asked for.
     pub(super) fn forget_all(&mut self, done: Box<dyn FnOnce() + Send>) {
+        self.cache.news.ring();
         let given = self.cache.take_given().into_iter();
         let object = |fid| Notice::Object { fid, dir: false };
         self.notify(given.map(object).chain([Notice::All]).collect(), done);
