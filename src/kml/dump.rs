@@ -17,14 +17,15 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::kml::codec::{CursorPage, Entry, Fault, SEGMENT_HEADER_LEN, SegmentHead};
 use crate::kml::log::SYNCED;
 use crate::kml::record::Seq;
 use crate::kml::recover::{self, Spot, Stop};
-use crate::kml::store::{Bytes, CURSORS_STRIDE, segment_first, segment_name, segments_in};
+use crate::kml::store::{
+    Bytes, CURSORS_STRIDE, FileBytes, segment_first, segment_name, segments_in,
+};
 
 pub mod render;
 
@@ -126,29 +127,10 @@ struct Current {
     spot: Spot,
 }
 
-/// A file as it is at each moment; what it does not have (any more) reads as zeros.
-struct FileBytes {
-    file: File,
-    size: usize,
-}
-
-impl Bytes for FileBytes {
-    fn size(&self) -> usize {
-        self.size
-    }
-    fn read(&self, at: usize, out: &mut [u8]) {
-        if self.file.read_exact_at(out, at as u64).is_err() {
-            out.fill(0);
-        }
-    }
-}
-
 impl Current {
     fn open(path: &Path) -> Result<Current, (u64, Why)> {
-        let file = File::open(path).map_err(|why| (0, Why::Unreadable(why)))?;
-        let size = file.metadata().map_err(|why| (0, Why::Unreadable(why)))?.len();
-        let bytes = FileBytes { file, size: usize::try_from(size).unwrap_or(usize::MAX) & !7 };
-        let mut header = vec![0; SEGMENT_HEADER_LEN.min(bytes.size)];
+        let bytes = FileBytes::open(path).map_err(|why| (0, Why::Unreadable(why)))?;
+        let mut header = vec![0; SEGMENT_HEADER_LEN.min(bytes.size())];
         bytes.read(0, &mut header);
         let head = SegmentHead::verify(&header).map_err(|why| (0, Why::Stop(bad(why))))?;
         let spot = Spot { at: 0, seq: head.first, chain: head.seed };
@@ -245,7 +227,7 @@ impl Dump {
                     let current = self.current.as_ref()?;
                     let file = current.path.clone();
                     // a file that lost its tail ends in zeros, and looks like an end
-                    let short = current.head.len != current.bytes.size as u64;
+                    let short = current.head.len != current.bytes.size() as u64;
                     let why = match stop {
                         Stop::End | Stop::Torn(_) if short => Stop::Corrupt(Fault::Short),
                         stop => stop,

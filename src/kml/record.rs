@@ -298,6 +298,21 @@ pub struct Record {
     pub op: Op,
 }
 
+/// Path of a noop that stands for a record which was damaged and could not be read any more.
+pub const LOST_PATH: &[u8] = b"(lost)";
+
+impl Record {
+    /// A place in a repaired journal: what was here is not known.
+    pub fn lost(time_ns: u64) -> Record {
+        let origin = Origin::default();
+        Record { time_ns, origin, uid: 0, gid: 0, path: LOST_PATH.to_vec(), op: Op::Noop }
+    }
+    /// Whether this is such a place. (At a server, noops of clients have an origin.)
+    pub fn is_lost(&self) -> bool {
+        self.op == Op::Noop && self.origin == Origin::default() && self.path == LOST_PATH
+    }
+}
+
 impl Op {
     /// The object that the change is about; none for a noop.
     pub fn fid(&self) -> Option<Fid> {

@@ -181,6 +181,34 @@ impl Store for Dir {
     }
 }
 
+/// A file that is only read, as it is at each moment; what it does not have (any more) reads as
+/// zeros.
+pub struct FileBytes {
+    file: File,
+    size: usize,
+}
+
+impl FileBytes {
+    /// # Errors
+    /// As open(2).
+    pub fn open(path: &Path) -> io::Result<FileBytes> {
+        let file = File::open(path)?;
+        let size = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX) & !7;
+        Ok(FileBytes { file, size })
+    }
+}
+
+impl Bytes for FileBytes {
+    fn size(&self) -> usize {
+        self.size
+    }
+    fn read(&self, at: usize, out: &mut [u8]) {
+        if self.file.read_exact_at(out, at as u64).is_err() {
+            out.fill(0);
+        }
+    }
+}
+
 /// Writes the whole of a new small file beside the journal, durably, by rename.
 ///
 /// # Errors

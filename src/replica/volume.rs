@@ -392,6 +392,9 @@ impl Volume {
         let mut names = BTreeSet::new();
         for entry in self.log.entries(from) {
             let record = entry?.record;
+            if record.is_lost() {
+                return Ok(None);
+            }
             let places = record.op.places().into_iter().flatten();
             names.extend(places.filter(|place| place.dir == fid).map(|place| place.name.clone()));
         }
@@ -497,6 +500,9 @@ impl Volume {
                 found.more = true;
                 break;
             }
+            if entry.record.is_lost() {
+                return Ok(History { upto: Stamp(last.0), lost: true, ..History::default() });
+            }
             if entry.outcome == Outcome::Done && entry.record.origin.node != node {
                 found.fids.extend(entry.record.op.touched());
             }
@@ -562,7 +568,15 @@ impl Volume {
     /// What stands at `name`, with a fid if it has none yet.
     pub(super) fn seen(&mut self, dir: &Dir, name: &Name) -> Result<(Meta, fs::Stat)> {
         let stat = fs::stat(dir, name.as_bytes())?;
-        if let Some(meta) = self.tree.meta(dir, name)? {
+        let known = match self.tree.meta(dir, name) {
+            Err(TreeError::BadMeta(e)) => {
+                // Else nobody could list the directory. Its contents are what they were.
+                log::error!("{}: {name:?} in {}: {e}: it gets a new fid", self.name, dir.fid);
+                None
+            }
+            known => known?,
+        };
+        if let Some(meta) = known {
             let known = self.tree.names(meta.fid)?;
             if known.iter().any(|(parent, at)| *parent == dir.fid && at == name) {
                 return Ok((meta, stat));
