@@ -11,6 +11,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::compare::{assert_same, assert_same_but_times};
+use imz::replica::state::State;
+
 use common::{Disk, Mount, Server, command, imz_run, is_mounted, ops, run, tree, wait_for};
 
 /// Objects of which nothing is in the cache may take this long to fail; the rest is for a machine
@@ -383,9 +385,12 @@ fn a_machine_without_a_network_mounts_what_it_has() {
     a.gone();
 
     // the same by a name that nobody knows
-    let state = a.cache().join(".imz/state.json");
-    let text = fs::read_to_string(&state).unwrap();
-    fs::write(&state, text.replace("127.0.0.1", "nobody.invalid")).unwrap();
+    let own = a.cache().join(".imz");
+    let call = |from: &str, to: &str| {
+        let state = State::open(&own, || unreachable!("it is there")).unwrap();
+        state.edit(|facts| facts.source = facts.source.replace(from, to)).unwrap();
+    };
+    call("127.0.0.1", "nobody.invalid");
     a.set_source(server.source().replace("127.0.0.1", "nobody.invalid"));
     let began = Instant::now();
     a.again();
@@ -394,8 +399,7 @@ fn a_machine_without_a_network_mounts_what_it_has() {
     knows_that_it_is_away(&a, "nameless");
     assert_eq!(imz_run(&["umount", "--now", &point]).0, 0);
     a.gone();
-    fs::write(&state, fs::read_to_string(&state).unwrap().replace("nobody.invalid", "127.0.0.1"))
-        .unwrap();
+    call("nobody.invalid", "127.0.0.1");
     a.set_source(server.source());
 
     network.up();

@@ -152,11 +152,16 @@ impl Evictor {
 
     fn give_up(&self, filter: &Filter, fid: Fid) -> Result<u64, Kept> {
         let evict = || evict(&filter.cache, fid, || filter.files.get(fid).is_some());
-        let acked = || filter.cache.pending().acked_upto();
-        match evict() {
-            Err(Kept::Named) if !filter.cache.pending().is_named(fid, acked()) => {
+        let tried = evict();
+        let (goal, is_named) = {
+            let pending = filter.cache.pending();
+            let acked = pending.acked_upto();
+            (acked, pending.is_named(fid, acked))
+        };
+        match tried {
+            Err(Kept::Named) if !is_named => {
                 // The server has it, which a crash would not know yet.
-                let (goal, began) = (acked(), Instant::now());
+                let began = Instant::now();
                 (self.keep)();
                 while filter.cache.acked() < goal && began.elapsed() < KEEP_TIME_MAX {
                     std::thread::sleep(KEEP_POLL);

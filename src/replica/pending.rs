@@ -140,8 +140,8 @@ impl Pending {
         self.acked = acked;
     }
 
-    /// No fetch is under way that was sent when less than `floor` was acknowledged. Work is put
-    /// off until it is worth while.
+    /// No fetch is under way that was sent when less than `floor` was acknowledged, and a crash would
+    /// not go back behind it. Work is put off until it is worth while.
     pub fn prune(&mut self, floor: Seq) {
         let floor = floor.min(self.acked);
         self.let_go.retain(|_, seq| *seq > floor);
@@ -211,7 +211,7 @@ impl Pending {
     /// `kept`: own records up to here are known to be there, also after a crash.
     pub fn is_named(&self, fid: Fid, kept: Seq) -> bool {
         let newest = self.objects.get(&fid).map_or(Seq(0), |own| own.attr.max(own.data));
-        newest > self.acked.min(kept) || self.pruned > kept
+        newest > self.acked.min(kept)
     }
     /// The server has all own records up to here.
     pub fn acked_upto(&self) -> Seq {

@@ -491,7 +491,7 @@ impl Driver {
         {
             let mut pending = self.cache.pending();
             pending.acked(upto);
-            pending.prune(self.machine.floor());
+            pending.prune(self.machine.floor().min(self.cache.acked()));
         }
         self.notify(notices, Box::new(|| ()));
         self.shared.acked.store(upto.0, Ordering::Release);
@@ -578,7 +578,7 @@ impl Driver {
         for (_, _, waiter) in self.waiting.extract_if(.., |(_, since, _)| late(since)) {
             waiter.end(Err(Unmet::Unreachable));
         }
-        let floor = self.machine.floor();
+        let floor = self.machine.floor().min(self.cache.acked());
         self.cache.pending().prune(floor);
         let passed = now.saturating_duration_since(self.rate.since);
         if passed >= FLUSH_AFTER {
