@@ -437,6 +437,14 @@ pub fn acked(
     for fid in conflicts {
         lost.extend(cache.tree.names(*fid).unwrap_or_default().into_iter().map(|(dir, _)| dir));
     }
+    for fid in &lost {
+        // What is here and never was there, no list of changes since a version would name.
+        if cache.tree.dir(*fid).is_ok()
+            && let Err(e) = not_gone(edit(cache, *fid, |meta| meta.stamp = Stamp(0)))
+        {
+            result = Err(e);
+        }
+    }
     lost.extend(cache.pending().take_doubtful(upto));
     lost.sort_unstable();
     lost.dedup();
