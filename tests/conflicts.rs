@@ -194,3 +194,33 @@ fn a_conflict_is_shown_and_decided_from_any_client() {
     imz_fails(&conflicts(&["list", &at]), 3, "is away");
     drop(two.disk);
 }
+
+#[test]
+fn what_needs_not_be_shipped_is_counted() {
+    let Some(disk) = Disk::new(512) else { return };
+    let server = Server::start(&disk);
+    let a = Mount::with(server.source(), &disk.dir("a"), "age=60s");
+    for no in 0..50 {
+        fs::write(a.at(format!("temp{no}")), vec![7; 20_000]).unwrap();
+        fs::write(a.at("log"), vec![no; 10_000]).unwrap();
+    }
+    for no in 0..50 {
+        fs::remove_file(a.at(format!("temp{no}"))).unwrap();
+    }
+    assert_eq!(a.status()["saved_records"], 0, "nothing was shipped yet");
+    a.sync();
+    let status = a.status();
+    let (records, bytes) =
+        (status["saved_records"].as_u64().unwrap(), status["saved_bytes"].as_u64().unwrap());
+    println!("{records} records and {bytes} bytes were not shipped");
+    // create, store and unlink of each, and the stores of the log but for the last
+    assert!((150..400).contains(&records), "{status:#}");
+    assert!((1_400_000..1_600_000).contains(&bytes), "{status:#}");
+    let (code, text) = imz_run(&["status", a.path().to_str().unwrap()]);
+    assert!(code == 0 && text.contains("not shipped since the start"), "{text}");
+    // the same journal, read again by another connection, counts once
+    fs::write(a.at("last"), "").unwrap();
+    a.sync();
+    assert_eq!(a.status()["saved_records"], records);
+    assert_same(a.path(), server.dir());
+}

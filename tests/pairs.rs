@@ -17,6 +17,7 @@ use imz::kml::record::{
     Attr, Change, Fid, Gone, Name, Op, Origin, Over, Place, ROOT, Range, Record, Seq, Stamp, Time,
 };
 use imz::replica::apply::{Applied, Content, Incoming};
+use imz::replica::resolve::Choice;
 use imz::replica::volume::{Object, Volume};
 
 const MANUAL: &str = include_str!("../man/imz-conflicts.7");
@@ -31,6 +32,8 @@ struct World {
     volume: Option<Volume>,
     seqs: HashMap<u32, u64>,
     last_fid: u64,
+    /// of the records
+    path: String,
 }
 
 /// A record and the bytes of its store.
@@ -39,7 +42,13 @@ type Step = (Op, Vec<u8>);
 impl World {
     fn new() -> World {
         let dir = tempfile::tempdir().unwrap();
-        let mut world = World { dir, volume: None, seqs: HashMap::new(), last_fid: 0 };
+        let mut world = World {
+            dir,
+            volume: None,
+            seqs: HashMap::new(),
+            last_fid: 0,
+            path: "some/path".into(),
+        };
         world.open();
         for node in [OTHER, OWN, MAKER] {
             let met = world.v().meet([node as u8; 16], 0, &format!("host{node}")).unwrap();
@@ -67,7 +76,7 @@ impl World {
                 *seq += 1;
                 let time_ns = 1_700_000_000_000_000_000 + u64::from(node) * 1_000 + *seq;
                 let origin = Origin::default();
-                let path = b"some/path".to_vec();
+                let path = self.path.clone().into_bytes();
                 (Seq(*seq), Record { time_ns, origin, uid: 0, gid: 0, path, op: op.clone() })
             })
             .collect();
@@ -503,4 +512,155 @@ fn run(
     // what is there already, or the same for both, is done by both, and is no change
     let is_same = got == "both" && want == "-";
     if got == want || is_same { Ok(()) } else { Err(format!("{want} it says, {got} it is")) }
+}
+
+/// Names below a directory, and the bytes of files.
+fn tree(dir: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(tree(&path));
+            found.insert(path, None);
+        } else {
+            let bytes = fs::read(&path).unwrap();
+            found.insert(path, Some(bytes));
+        }
+    }
+    found
+}
+
+/// A crash comes when a decision is in the tree, and the conflict not forgotten yet.
+#[test]
+fn a_decision_that_a_crash_cut_off_has_the_same_outcome() {
+    let mut world = World::new();
+    let pairs = [
+        ("files", "store", "store", "f"),
+        ("files", "unlink", "store", "f"),
+        ("files", "store", "replace", "f"),
+        ("names", "create", "create", "n"),
+        ("files", "chmod", "chmod", "f"),
+    ];
+    let choices = ["mine", "theirs", "both", "keep"];
+    let mut no = 1000;
+    for ((table, first, second, name), choice) in
+        pairs.iter().flat_map(|pair| choices.iter().map(move |choice| (*pair, *choice)))
+    {
+        if second == "chmod" && matches!(choice, "both" | "keep") {
+            continue;
+        }
+        no += 1;
+        let shown = format!("{table}: {first} then {second}: {choice}");
+        let base = Base::new(&mut world, no);
+        let dir = world.dir.path().join(&base.name);
+        world.path = format!("{}/{name}", base.name);
+        let (other, own) =
+            (Client::new(&mut world, OTHER, &base), Client::new(&mut world, OWN, &base));
+        world.apply(OTHER, &other.does(table, first, &base));
+        world.apply(OWN, &own.does(table, second, &base));
+        let ids = world.ids();
+        assert_eq!(ids.len(), 1, "{shown}");
+        let id = ids.first().unwrap();
+        let (entry, aside) = (world.kept(id), world.dir.path().join(".imz/aside"));
+        let copied = std::process::Command::new("cp").arg("-a").args([&entry, &aside]).status();
+        assert!(copied.unwrap().success());
+        let of = match choice {
+            "mine" => Choice::Mine,
+            "theirs" => Choice::Theirs,
+            "both" => Choice::Both,
+            _ => Choice::Keep(format!("{}/kept here", base.name).into_bytes()),
+        };
+        let mut out = Applied::default();
+        world.v().resolve(id, &of, None, &mut out).unwrap_or_else(|e| panic!("{shown}: {e}"));
+        assert!(world.ids().is_empty() && world.v().conflicts() == 0, "{shown}");
+        let after = tree(&dir);
+        let own_bytes = Some(own.text.clone().into_bytes());
+        let is_there = after.values().any(|bytes| *bytes == own_bytes);
+        assert_eq!(is_there, choice != "theirs" && second != "chmod", "{shown}: {after:?}");
+        let named = after.get(&dir.join(name)).cloned().flatten();
+        match (choice, second) {
+            (_, "chmod") => {}
+            ("mine", _) => assert_eq!(named, own_bytes, "{shown}"),
+            _ => assert_ne!(named, own_bytes, "{shown}"),
+        }
+        // what was moved into the tree is not there any more; all else is
+        let is_moved = ["both", "keep"].contains(&choice)
+            || (choice == "mine" && (first, second) != ("store", "store"));
+        if is_moved {
+            let _ = fs::remove_file(aside.join("data")); // it has one or the other
+            if let Ok(kept) = fs::read_dir(aside.join("kept")) {
+                kept.for_each(|it| fs::remove_file(it.unwrap().path()).unwrap());
+            }
+        }
+        fs::rename(&aside, &entry).unwrap();
+        world.open();
+        if world.ids().contains(id) {
+            assert!(!is_moved || second == "chmod", "{shown}");
+            world.v().resolve(id, &of, None, &mut out).unwrap_or_else(|e| panic!("{shown}: {e}"));
+        }
+        assert!(world.ids().is_empty() && world.v().conflicts() == 0, "{shown}");
+        assert_eq!(tree(&dir), after, "{shown}");
+    }
+}
+
+/// What this client does later with what was kept aside is done there, or ends the conflict.
+#[test]
+fn what_depends_on_a_conflict_goes_where_that_went() {
+    let mut world = World::new();
+    let base = Base::new(&mut world, 1);
+    let steps = new_file(base.place("n"), Fid::new(OTHER, 900), b"of the other");
+    world.apply(OTHER, &steps);
+    let kept = |world: &World| -> Vec<String> {
+        let found = world.ids();
+        let found = found.iter().flat_map(|id| tree(&world.kept(id).join("kept")));
+        let mut names: Vec<String> =
+            found.map(|it| it.0.file_name().unwrap().to_str().unwrap().to_owned()).collect();
+        names.sort();
+        names
+    };
+    let f = |no| Fid::new(OWN, no);
+    // below a directory that is kept, and out of it again
+    world.apply(OWN, &[mkdir(base.place("n"), f(901))]);
+    world.apply(OWN, &new_file(at(f(901), "below"), f(902), b"below"));
+    world.apply(OWN, &[mkdir(at(f(901), "sub"), f(903))]);
+    assert_eq!(kept(&world), ["below", "n", "sub"]);
+    let rename = |from, to, fid, over| (Op::Rename { from, to, fid, base: Stamp(0), over }, vec![]);
+    let out = rename(at(f(901), "below"), base.place("outside"), f(902), FREE);
+    world.apply(OWN, &[out]);
+    assert_eq!(bytes_of(&mut world, f(902)), b"below");
+    assert_eq!(entry(&mut world, base.dir, "outside").unwrap().fid, f(902));
+    // under a name that is free there is no conflict any more
+    world.apply(OWN, &[rename(base.place("n"), base.place("free"), f(901), FREE)]);
+    assert_eq!((world.ids().len(), world.v().conflicts()), (0, 0));
+    assert_eq!(entry(&mut world, base.dir, "free").unwrap().fid, f(901));
+    assert_eq!(entry(&mut world, f(901), "sub").unwrap().fid, f(903));
+
+    // a file: replaced by its own client, and removed
+    world.apply(OWN, &new_file(base.place("n"), f(910), b"one"));
+    world.apply(OWN, &new_file(base.place("temp"), f(911), b"two"));
+    let over = Over::Replaced(base.gone(f(910)));
+    world.apply(OWN, &[rename(base.place("temp"), base.place("n"), f(911), over)]);
+    assert_eq!((kept(&world), world.v().conflicts()), (vec!["n".to_owned()], 1));
+    assert_eq!(bytes_of(&mut world, f(911)), b"two");
+    world.open();
+    world.apply(OWN, &[(Op::Unlink { at: base.place("n"), gone: base.gone(f(911)) }, vec![])]);
+    assert_eq!((world.ids().len(), world.v().conflicts()), (0, 0));
+
+    // the same contents, in two steps: the client's file is the other's
+    world.apply(OWN, &new_file(base.place("n"), f(920), b"of the other"));
+    assert_eq!((world.ids().len(), world.v().conflicts()), (0, 0));
+    let stamp = entry(&mut world, base.dir, "n").unwrap().stamp;
+    world.apply(OWN, &[store(f(920), stamp, b"written on")]);
+    assert_eq!(bytes_of(&mut world, Fid::new(OTHER, 900)), b"written on");
+
+    // a hundred changes of one file are one conflict, with the last contents
+    world.apply(OTHER, &[store(base.f, base.stamp, b"the other's f")]);
+    for no in 0..100 {
+        world.apply(OWN, &[store(base.f, base.stamp, format!("own {no}").as_bytes())]);
+    }
+    assert_eq!(world.ids().len(), 1);
+    let id = world.ids().pop_first().unwrap();
+    assert_eq!(fs::read(world.kept(&id).join("data")).unwrap(), b"own 99");
+    let (page, more) = world.v().list_conflicts("").unwrap();
+    assert!(page.len() == 1 && !more && page[0].told.contains("\"changes\":100"), "{page:?}");
 }

@@ -342,6 +342,11 @@ impl Volume {
         if is_there(self.standing(place)?.ok().flatten()) {
             return Ok(());
         }
+        match self.tree.place(fid) {
+            Ok(_) => {}
+            Err(TreeError::Gone(_)) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        }
         let own = format!("{node}-");
         for (dir, name) in self.tree.names(fid)? {
             let is_own = self.kept.by_dir.get(&dir).is_some_and(|id| id.starts_with(&own));
@@ -526,7 +531,14 @@ impl Volume {
             };
             self.kept.count += 1;
             let Some(dir) = self.entry(&id)? else { continue };
-            for record in self.records(&dir)? {
+            let records = self.records(&dir)?;
+            let is_data = matches!(records.first(), Some(Record { op: Op::Store { .. }, .. }));
+            let has = |name: &[u8]| fs::stat(&*dir, name).is_ok();
+            if is_data && !has(b"data") && !has(b"kept") {
+                self.forget_conflict(&id)?; // it has its place in the tree already
+                continue;
+            }
+            for record in records {
                 if let Some(fid) = record.op.fid() {
                     self.kept.by_object.insert((node_of(&id), fid), id.clone());
                 }

@@ -457,7 +457,8 @@ impl Tree {
         while let Some(dir) = dirs.pop() {
             for entry in fs::read_dir(&*dir)? {
                 let Ok(name) = Name::new(&entry.name) else { continue };
-                if dir.fid == ROOT && is_own(name.as_bytes()) {
+                // what is kept for conflicts is found by its fid, too
+                if dir.fid == ROOT && name.as_bytes() == OWN_NAME {
                     continue;
                 }
                 let Ok(Some(meta)) = self.meta(&dir, &name) else { continue };

@@ -437,6 +437,7 @@ fn each_rule_does_what_it_says() {
             &["create", "store", "setattr"],
         ),
     ];
+    let cases = cases.into_iter().chain(cascades());
     for (ops, expected) in cases {
         let shown = format!("{ops:?}");
         let records = ops
@@ -445,6 +446,74 @@ fn each_rule_does_what_it_says() {
             .map(|(op, n)| Record { time_ns: n * 1_000_000_000, ..samples::record(op) });
         assert_eq!(kinds(records.collect()), expected, "{shown}");
     }
+}
+
+/// Coda's rules, with what follows from them.
+fn cascades() -> Vec<(Vec<Op>, &'static [&'static str])> {
+    let set =
+        |new: Change| Op::Setattr { fid: Fid(5), base: Stamp(0), new, old: Change::default() };
+    let utimes = |sec| {
+        let mtime = Some(Time { sec, nsec: 0 });
+        set(Change { mtime, ..Change::default() })
+    };
+    let chown = |uid| set(Change { uid: Some(uid), ..Change::default() });
+    let size = |size| set(Change { size: Some(size), ..Change::default() });
+    let xattr = |value: &[u8], old: Option<&[u8]>| {
+        let (name, old) = (b"user.x".to_vec(), old.map(<[u8]>::to_vec));
+        Op::Setxattr { fid: Fid(5), base: Stamp(0), name, value: value.to_vec(), old }
+    };
+    let unset = |old: Option<&[u8]>| {
+        let (name, old) = (b"user.x".to_vec(), old.map(<[u8]>::to_vec));
+        Op::Removexattr { fid: Fid(5), base: Stamp(0), name, old }
+    };
+    let mkdir = |at, fid| Op::Mkdir { at, fid: Fid(fid), mode: 0o755, umask: 0 };
+    let link = |name: &[u8]| Op::Link { at: samples::place(1, name), fid: Fid(5), base: Stamp(0) };
+    let below = |dir, name: &[u8], fid| {
+        let at = samples::place(dir, name);
+        Op::Create { at, fid: Fid(fid), mode: 0o644, umask: 0 }
+    };
+    let unlink_below = |dir, name: &[u8], fid| {
+        let mut gone = samples::gone(fid);
+        gone.attr.nlink = 1;
+        Op::Unlink { at: samples::place(dir, name), gone }
+    };
+    let rmdir = |at, fid| {
+        let mut gone = samples::gone(fid);
+        gone.attr.mode = 0o040_755;
+        Op::Rmdir { at, gone }
+    };
+    let d = |name: &[u8]| samples::place(1, name);
+    vec![
+        (vec![utimes(1), utimes(2)], &["setattr"]),
+        (vec![store(5, 0), utimes(1), store(5, 0)], &["store"]),
+        (vec![chown(1), chown(2)], &["setattr"]),
+        (vec![mode(5, 1), chown(2)], &["setattr", "setattr"]),
+        (vec![size(10), store(5, 0)], &["store"]),
+        (vec![size(10), size(3)], &["setattr"]),
+        (vec![size(3), size(10)], &["setattr", "setattr"]),
+        (vec![xattr(b"1", None), xattr(b"2", Some(b"1"))], &["setxattr"]),
+        (vec![xattr(b"1", None), unset(Some(b"1"))], &[]),
+        (vec![xattr(b"1", Some(b"0")), unset(Some(b"1"))], &["removexattr"]),
+        (vec![link(b"b"), unlink(b"b", 5)], &["setattr"]),
+        // a tree that came and went, from the leaves up; the last record's time stays
+        (
+            vec![
+                mkdir(d(b"d"), 5),
+                mkdir(samples::place(5, b"e"), 6),
+                below(6, b"x", 7),
+                store(7, 0),
+                unlink_below(6, b"x", 7),
+                rmdir(samples::place(5, b"e"), 6),
+                rmdir(d(b"d"), 5),
+            ],
+            &["setattr"],
+        ),
+        // a directory that was there before: what was below it goes, it is still to be removed
+        (
+            vec![below(5, b"x", 7), store(7, 0), unlink_below(5, b"x", 7), rmdir(d(b"d"), 5)],
+            &["rmdir"],
+        ),
+    ]
 }
 
 #[test]
