@@ -312,6 +312,10 @@ pub struct Object {
     /// all but imz's own
     #[n(4)]
     pub xattrs: Vec<Xattr>,
+    /// of a file: no later than at this stamp its data became what they are; `None`: not known to
+    /// be before `stamp`
+    #[n(5)]
+    pub stored: Option<Stamp>,
 }
 
 #[derive(Encode, Decode, Clone, PartialEq, Debug)]

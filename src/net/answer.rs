@@ -87,8 +87,9 @@ fn try_answer(
         Message::Stat(Stat { fid, have }) => {
             let found = volume.stat(*fid)?;
             // What the client has seen before, it most likely reads again.
-            let is_old =
-                *have != Stamp(0) && *have < found.stamp && Kind::of(found.attr.mode) == Kind::File;
+            let is_file = Kind::of(found.attr.mode) == Kind::File;
+            let stored = found.stored.unwrap_or(found.stamp);
+            let is_old = *have != Stamp(0) && *have < stored && is_file;
             let is_small = found.attr.size <= FRESH_LEN_MAX.into();
             let data = match is_old && is_small && found.attr.size > 0 {
                 // What cannot be read now is told to who asks for it.
@@ -131,7 +132,8 @@ fn try_answer(
 fn object(of: volume::Object) -> Object {
     let xattr = |(name, value)| Xattr { name, value };
     let xattrs = of.xattrs.into_iter().map(xattr).collect();
-    Object { fid: of.fid, stamp: of.stamp, attr: of.attr, target: of.target, xattrs }
+    let volume::Object { fid, stamp, attr, target, stored, .. } = of;
+    Object { fid, stamp, attr, target, xattrs, stored }
 }
 
 /// The records of a batch, decoded and checked.

@@ -498,7 +498,7 @@ pub fn restamped(meta: &mut Meta, node: u32, stamp: Stamp) {
 }
 
 /// Notes a change of the object that leaves its contents as they are.
-fn noted(meta: &mut Meta, node: u32, stamp: Stamp) {
+pub fn noted(meta: &mut Meta, node: u32, stamp: Stamp) {
     if stamp <= meta.stamp {
         return;
     }

@@ -29,6 +29,8 @@ pub struct Remote {
     pub target: Vec<u8>,
     /// (name, value) of all but imz's own
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// of a file: when its data became what they are, at the latest; `None`: at `stamp`
+    pub stored: Option<Stamp>,
 }
 
 /// What the kernel must forget, because it is not so any more.
@@ -145,7 +147,7 @@ pub(super) fn update(
     let before = meta.clone();
     meta.nlink = nlink(object, stat.nlink);
     meta.epoch = cache.epoch();
-    if kind == Kind::File && !same_content(&meta, &stat, object) {
+    if kind == Kind::File && !same_content(&before, object) {
         meta = Meta { nlink: meta.nlink, epoch: meta.epoch, ..stub_meta(object) };
         // First what is known, then the file: a crash in between fetches again.
         cache.tree.set_meta(dir, name, &meta)?;
@@ -172,13 +174,10 @@ pub(super) fn update(
     Ok(())
 }
 
-/// Whether the file's data here are those of the server's version. All nodes give a stored file
-/// the same modification time to the nanosecond, so that a rename or a chmod elsewhere does not
-/// cost a fetch.
-fn same_content(meta: &Meta, stat: &Stat, object: &Remote) -> bool {
-    let attr = attr_of(stat);
-    (meta.stamp == object.stamp && !meta.stale)
-        || (attr.size == object.attr.size && attr.mtime == object.attr.mtime)
+/// Whether the file's data here are those of the server's version, so that a rename or a chmod
+/// elsewhere does not cost a fetch. Size and modification time would not tell: times are set.
+fn same_content(meta: &Meta, object: &Remote) -> bool {
+    !meta.is_disowned() && object.stored.unwrap_or(object.stamp) <= meta.stamp
 }
 
 pub(super) fn stub_meta(object: &Remote) -> Meta {
@@ -427,13 +426,24 @@ pub fn acked(
     let mut result = Ok(());
     let epoch = cache.epoch();
     for (fid, stamp) in stamps {
-        let done = edit(cache, *fid, |meta| meta.kept(*stamp, epoch, known(*fid)));
+        let stored = cache.pending().is_stored(*fid, upto);
+        let done = edit(cache, *fid, |meta| meta.kept(*stamp, epoch, known(*fid), stored));
         if let Err(e) = not_gone(done) {
             result = Err(e);
         }
     }
     crash::point("acked-stamps");
     let mut lost: Vec<Fid> = conflicts.to_vec();
+    // An acknowledgement that was lost with its connection does not say what was kept of which file.
+    let unknown = match stamps.is_empty() {
+        true => cache.pending().newly_stored(upto),
+        false => Vec::new(),
+    };
+    for fid in conflicts.iter().chain(&unknown) {
+        if let Err(e) = not_gone(edit(cache, *fid, Meta::disown)) {
+            result = Err(e);
+        }
+    }
     for fid in conflicts {
         lost.extend(cache.tree.names(*fid).unwrap_or_default().into_iter().map(|(dir, _)| dir));
     }

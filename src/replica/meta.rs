@@ -98,14 +98,23 @@ impl Meta {
     }
 
     /// The server keeps an own change, and gave the object this stamp with it. `known`: what others
-    /// change of it is told.
-    pub fn kept(&mut self, stamp: Stamp, epoch: u32, known: bool) {
+    /// change of it is told. `stored`: the change was of its data, and nobody else had changed them
+    /// since the version that is here: else the server would not have taken it.
+    pub fn kept(&mut self, stamp: Stamp, epoch: u32, known: bool, stored: bool) {
         // What was not current does not become so by an own change; and what is changed here next
         // must not pass for a change of a version that is not here.
         self.stale |= self.epoch != epoch || !known;
-        if !self.stale {
+        if !self.stale || (stored && !self.is_disowned()) {
             self.stamp = self.stamp.max(stamp);
         }
+    }
+
+    /// The server kept its own version: what is here is of none, whatever the stamp says.
+    pub fn disown(&mut self) {
+        self.epoch = 0; // no cache ever has this one
+    }
+    pub fn is_disowned(&self) -> bool {
+        self.epoch == 0
     }
 
     /// The attributes of a directory have come. `listed`: all its entries are here now.

@@ -221,6 +221,17 @@ impl Pending {
     pub fn is_changed_after(&self, fid: Fid, seq: Seq) -> bool {
         self.objects.get(&fid).is_some_and(|own| own.attr > seq)
     }
+    /// Whether the newest own record on the object changed its data, and is not newer than `upto`.
+    pub fn is_stored(&self, fid: Fid, upto: Seq) -> bool {
+        self.objects
+            .get(&fid)
+            .is_some_and(|own| own.data > Seq(0) && own.data == own.newest() && own.data <= upto)
+    }
+    /// Objects whose newest own data the server has, up to here, and was not known to have.
+    pub fn newly_stored(&self, upto: Seq) -> Vec<Fid> {
+        let newly = |own: &Own| own.data > self.acked && own.data <= upto;
+        self.objects.iter().filter(|(_, own)| newly(own)).map(|(fid, _)| *fid).collect()
+    }
     /// Every object that own records newer than `mark` are about, and every directory in which
     /// such a record changed a name.
     pub fn newer_than(&self, mark: Seq) -> impl Iterator<Item = Fid> + '_ {
@@ -315,6 +326,7 @@ mod tests {
             assert_eq!(table.own(Fid(fid)), own);
         }
         assert_eq!(table.own(Fid(2)), Own { entries: Seq(5), ..Own::default() });
+        assert!(!table.is_stored(Fid(7), Seq(5)));
         let cut = Change { size: Some(0), ..Change::default() };
         let new = Change { mode: Some(0o600), ..Change::default() };
         let (base, old) = (Stamp(0), Change::default());
@@ -322,6 +334,11 @@ mod tests {
         assert!(table.is_ours(Fid(7)) && !table.is_dirty(Fid(7)));
         table.add(Seq(7), &record(Op::Setattr { fid: Fid(7), base, new: cut, old }), 70);
         assert!(table.is_dirty(Fid(7)));
+        assert!(table.is_stored(Fid(7), Seq(7)) && !table.is_stored(Fid(7), Seq(6)));
+        assert_eq!(
+            (table.newly_stored(Seq(6)), table.newly_stored(Seq(7))),
+            (vec![], vec![Fid(7)])
+        );
         let mut newer: Vec<Fid> = table.newer_than(Seq(5)).collect();
         newer.sort();
         assert_eq!(newer, [Fid(7)]);

@@ -112,6 +112,8 @@ pub struct Object {
     pub target: Vec<u8>,
     /// names and values, without imz's own
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// when a file's data became what they are, at the latest, if that is known to be before `stamp`
+    pub stored: Option<Stamp>,
 }
 
 /// A page of a directory's entries, in ascending order of their names' bytes.
@@ -534,7 +536,7 @@ impl Volume {
             attr.nlink -= here as u32;
         }
         let (xattrs, stamp) = (self.xattrs(dir, b"")?, dir.meta().stamp);
-        Ok(Object { fid: dir.fid, stamp, attr, target: Vec::new(), xattrs })
+        Ok(Object { fid: dir.fid, stamp, attr, target: Vec::new(), xattrs, stored: None })
     }
     fn object(&mut self, dir: &Dir, name: &Name) -> Result<Object> {
         let (meta, stat) = self.seen(dir, name)?;
@@ -543,7 +545,8 @@ impl Volume {
             _ => Vec::new(),
         };
         let xattrs = self.xattrs(dir, name.as_bytes())?;
-        Ok(Object { fid: meta.fid, stamp: meta.stamp, attr: attr_of(&stat), target, xattrs })
+        let (fid, stamp, attr) = (meta.fid, meta.stamp, attr_of(&stat));
+        Ok(Object { fid, stamp, attr, target, xattrs, stored: Some(meta.data) })
     }
     fn xattrs(&self, dir: &Dir, name: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
         let mut found = Vec::new();

@@ -19,9 +19,10 @@ use super::Errno;
 
 pub type Result<T> = std::result::Result<T, Errno>;
 
-/// How often, and after which pause, a file is tried that somebody has a lease on.
-const LEASE_TRIES_MAX: u32 = 100;
-const LEASE_PAUSE: Duration = Duration::from_micros(100);
+/// How often, and after which pause, a file is tried that somebody has a lease on: who has it for an
+/// instant may lose the processor in it.
+const LEASE_TRIES_MAX: u32 = 1000;
+const LEASE_PAUSE: Duration = Duration::from_millis(1);
 
 /// What statx says of an object; times as (seconds, nanoseconds) since the Unix epoch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -454,8 +454,8 @@ impl Cache {
             return;
         }
         let meta = &mut file.meta;
-        let same = meta.stamp == object.stamp && !meta.stale
-            || file.attr.size == object.attr.size && file.attr.mtime == object.attr.mtime;
+        let stored = object.stored.unwrap_or(object.stamp);
+        let same = !meta.is_disowned() && stored <= meta.stamp;
         (meta.nlink, meta.epoch) = (nlink(object, file.attr.nlink), epoch);
         (meta.stamp, meta.stale) = (object.stamp, false);
         if !same {
@@ -517,9 +517,17 @@ impl Cache {
         let epoch = self.epoch;
         for (fid, stamp) in stamps {
             let known = self.rights.mode(*fid) != Mode::None;
-            self.edit_meta(*fid, |meta| meta.kept(*stamp, epoch, known));
+            let stored = self.pending.is_stored(*fid, upto);
+            self.edit_meta(*fid, |meta| meta.kept(*stamp, epoch, known, stored));
         }
         let mut lost: Vec<Fid> = conflicts.to_vec();
+        let unknown = match stamps.is_empty() {
+            true => self.pending.newly_stored(upto),
+            false => Vec::new(),
+        };
+        for fid in conflicts.iter().chain(&unknown) {
+            self.edit_meta(*fid, Meta::disown);
+        }
         for node in conflicts.iter().filter_map(|fid| self.tree.get(*fid)) {
             lost.extend(node.names.iter().map(|(dir, _)| *dir));
         }

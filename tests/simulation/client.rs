@@ -25,8 +25,9 @@ use crate::world::{Ctx, Later};
 const BELL_PAUSE: Micros = 50 * MS;
 /// How often everything is made durable.
 const KEEP_EVERY: Micros = 5000 * MS;
-/// A want that waits for longer was forgotten.
-const WANT_MAX: Micros = 45_000 * MS;
+/// A want that waits for longer was forgotten: there is patience with a server that is there, time
+/// for a new connection, and patience once more.
+const WANT_MAX: Micros = 80_000 * MS;
 
 /// Reads ahead in the journal, so that what is optimised together may travel in several batches.
 #[derive(Default)]

@@ -8,7 +8,7 @@ use crate::world::World;
 /// Histories that shrinking may run.
 const RUNS_MAX: u32 = 2000;
 /// Lines of a story that are printed, the last ones.
-const LINES_MAX: usize = 600;
+const LINES_MAX: usize = 2500;
 
 pub enum Ended {
     Well { events: u64 },

@@ -10,7 +10,7 @@ use imz::lento::intake::{Change, Content as In, Key};
 use imz::lento::message::*;
 use imz::lento::reint::Applied;
 use imz::lento::rights::Mode;
-use imz::replica::apply::{Content, map_fids, restamped};
+use imz::replica::apply::{Content, map_fids, noted, restamped};
 use imz::replica::certify::{self, Clash, Verdict, View, certify};
 use imz::replica::meta::Meta;
 use imz::replica::ops::time_of_ns;
@@ -181,10 +181,12 @@ impl Volume {
             },
             Message::Stat(m) => match self.tree.get(m.fid) {
                 Some(node) => {
-                    let is_old = m.have != Stamp(0) && m.have < node.meta.stamp;
+                    let object = self.object(node);
+                    let stored = object.stored.unwrap_or(object.stamp);
+                    let is_old = m.have != Stamp(0) && m.have < stored;
                     let has = is_old && !node.is_dir() && node.attr.size > 0;
                     let data = has.then(|| node.data.to_vec());
-                    (Status { object: object(node), mode: Mode::None, data }.into(), vec![m.fid])
+                    (Status { object, mode: Mode::None, data }.into(), vec![m.fid])
                 }
                 None => failed(Code::Gone),
             },
@@ -214,14 +216,20 @@ impl Volume {
         let mut entries: Vec<Entry> = names
             .take(count + 1)
             .filter_map(|(name, fid)| {
-                let object = object(self.tree.get(*fid)?);
+                let object = self.object(self.tree.get(*fid)?);
                 Some(Entry { name: name.as_bytes().to_vec(), object })
             })
             .collect();
         let more = entries.len() > count;
         entries.truncate(count);
         let (gone, mode, read_only) = (None, Mode::None, Vec::new());
-        Some(Page { dir: object(dir), entries, more, gone, mode, read_only })
+        Some(Page { dir: self.object(dir), entries, more, gone, mode, read_only })
+    }
+    fn object(&self, node: &Node) -> Object {
+        let (fid, stamp) = (node.meta.fid, node.meta.stamp);
+        let (target, xattrs) = (Vec::new(), Vec::new());
+        let stored = Some(node.meta.data);
+        Object { fid, stamp, attr: node.attr, target, xattrs, stored }
     }
     fn since(&self, stamp: Stamp, node: u32) -> Changes {
         let last = self.stamp();
@@ -273,7 +281,7 @@ impl Volume {
             }
         }
         for (fid, (node, stamp)) in std::mem::take(&mut self.touched) {
-            self.restamp(fid, node, stamp);
+            self.restamp(fid, node, stamp, false); // a directory has no data
         }
         if self.last(node) < out.upto {
             self.note_seq(node, out.upto);
@@ -408,9 +416,11 @@ impl Volume {
             _ => None,
         }
     }
-    fn restamp(&mut self, fid: Fid, node: u32, stamp: Stamp) {
-        if let Some(object) = self.tree.edit(fid) {
-            restamped(&mut object.meta, node, stamp);
+    fn restamp(&mut self, fid: Fid, node: u32, stamp: Stamp, data: bool) {
+        match self.tree.edit(fid) {
+            Some(object) if data => restamped(&mut object.meta, node, stamp),
+            Some(object) => noted(&mut object.meta, node, stamp),
+            None => {}
         }
     }
 
@@ -444,8 +454,13 @@ impl Volume {
                 file.attr.mtime = *mtime;
             }
         }
+        let data = match &record.op {
+            Op::Store { .. } => true,
+            Op::Setattr { new, .. } => new.size.is_some(),
+            _ => false,
+        };
         for fid in [Some(fid), record.op.other()].into_iter().flatten() {
-            self.restamp(fid, node, stamp);
+            self.restamp(fid, node, stamp, data);
             let nameless = self.tree.get(fid).is_some_and(|n| n.names.is_empty());
             if nameless && fid != ROOT && !self.hidden.contains(&fid) {
                 self.tree.remove(fid);
@@ -551,15 +566,10 @@ impl Volume {
             }
         }
         for (fid, (node, stamp)) in std::mem::take(&mut self.touched) {
-            self.restamp(fid, node, stamp);
+            self.restamp(fid, node, stamp, false); // a directory has no data
         }
         (self, lost)
     }
-}
-
-fn object(node: &Node) -> Object {
-    let (fid, stamp) = (node.meta.fid, node.meta.stamp);
-    Object { fid, stamp, attr: node.attr, target: Vec::new(), xattrs: Vec::new() }
 }
 
 /// Whether ranges in a row are all of a file.

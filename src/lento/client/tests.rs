@@ -19,7 +19,14 @@ fn who() -> Who {
 }
 
 fn object(fid: Fid) -> Object {
-    Object { fid, stamp: Stamp(5), attr: Attr::default(), target: vec![], xattrs: vec![] }
+    Object {
+        fid,
+        stamp: Stamp(5),
+        attr: Attr::default(),
+        target: vec![],
+        xattrs: vec![],
+        stored: None,
+    }
 }
 
 fn page(dir: Fid, names: &[&str], more: bool) -> Message {

@@ -132,7 +132,14 @@ impl Rig {
 }
 
 fn object(fid: Fid) -> Object {
-    Object { fid, stamp: Stamp(5), attr: Attr::default(), target: vec![], xattrs: vec![] }
+    Object {
+        fid,
+        stamp: Stamp(5),
+        attr: Attr::default(),
+        target: vec![],
+        xattrs: vec![],
+        stored: None,
+    }
 }
 
 fn answer(request: &Message) -> (Message, Vec<Fid>) {

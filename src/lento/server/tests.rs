@@ -302,6 +302,7 @@ fn object() -> super::super::message::Object {
         attr,
         target: vec![],
         xattrs: vec![],
+        stored: None,
     }
 }
 

@@ -17,8 +17,8 @@ use crate::sys::fs::{self, Kind, o};
 
 pub fn remote(object: Object) -> Remote {
     let xattrs = object.xattrs.into_iter().map(|x| (x.name, x.value)).collect();
-    let Object { fid, stamp, attr, target, .. } = object;
-    Remote { fid, stamp, attr, target, xattrs }
+    let Object { fid, stamp, attr, target, stored, .. } = object;
+    Remote { fid, stamp, attr, target, xattrs, stored }
 }
 
 pub fn remote_page(page: Page) -> RemotePage {

@@ -157,7 +157,7 @@ fn object(fid: Fid, mode: u32, size: u64) -> Object {
     let (uid, gid) = cred::own();
     let (atime, mtime) = (Time::default(), Time { sec: 77, nsec: 5 });
     let attr = Attr { mode, uid, gid, nlink: 1, rdev: 0, size, atime, mtime };
-    Object { fid, stamp: Stamp(30), attr, target: vec![], xattrs: vec![] }
+    Object { fid, stamp: Stamp(30), attr, target: vec![], xattrs: vec![], stored: None }
 }
 
 #[test]

@@ -42,7 +42,7 @@ fn remote(fid: u64, mode: u32, size: u64) -> Remote {
     let nlink = if mode & 0o170000 == 0o040000 { 2 } else { 1 };
     let attr = Attr { mode, uid, gid, nlink, rdev: 0, size, atime: T, mtime: T };
     let fid = Fid(fid);
-    Remote { fid, stamp: Stamp(5), attr, target: vec![], xattrs: vec![] }
+    Remote { fid, stamp: Stamp(5), attr, target: vec![], xattrs: vec![], stored: None }
 }
 
 fn file(fid: u64, size: u64) -> Remote {
@@ -204,7 +204,7 @@ fn what_vanishes_comes_back_elsewhere_with_its_data() {
     assert!(notices.contains(&entry(10, "f")) && notices.contains(&entry(10, "sub")));
     assert!(!rig.path("a/f").exists() && rig.limbo_has(12) && rig.limbo_has(13));
     let moved = |mut r: Remote| {
-        r.stamp = Stamp(8);
+        (r.stamp, r.stored) = (Stamp(8), Some(Stamp(5)));
         r
     };
     rig.list(11, 0, vec![("f2", moved(file(12, 4))), ("sub2", moved(subdir(13)))]);
@@ -434,13 +434,23 @@ fn new_contents_make_a_stub_and_new_attributes_do_not() {
     rig.fill(12, b"data");
     let mut chmodded = file(12, 4);
     (chmodded.stamp, chmodded.attr.mode) = (Stamp(6), 0o100600);
+    chmodded.stored = Some(Stamp(5));
     rig.cache.tree.edit_meta(Fid(12), |m| m.stale = true).unwrap();
     set_object(&rig.cache, &chmodded, Seq(0)).unwrap();
     let meta = rig.meta(12);
     assert!(meta.complete && !meta.stale && meta.stamp == Stamp(6));
     assert_eq!(rig.path("f").metadata().unwrap().mode() & 0o777, 0o600);
+    // other data of the same size, and the time was set back
+    let restored = Remote { stamp: Stamp(7), stored: None, ..chmodded };
+    set_object(&rig.cache, &restored, Seq(0)).unwrap();
+    assert!(!rig.meta(12).complete);
+    rig.fill(12, b"data");
+    // and what is nobody's has no version
+    rig.cache.tree.edit_meta(Fid(12), Meta::disown).unwrap();
+    set_object(&rig.cache, &restored, Seq(0)).unwrap();
+    assert!(!rig.meta(12).complete);
     let mut stored = file(12, 6);
-    (stored.stamp, stored.attr.mtime.sec) = (Stamp(7), T.sec + 1);
+    (stored.stamp, stored.attr.mtime.sec) = (Stamp(8), T.sec + 1);
     set_object(&rig.cache, &stored, Seq(0)).unwrap();
     let meta = rig.meta(12);
     assert_eq!((meta.complete, meta.missing(0, 9)), (false, Some((0, 6))));
@@ -448,15 +458,15 @@ fn new_contents_make_a_stub_and_new_attributes_do_not() {
     assert_eq!((now.len(), now.mtime(), now.mtime_nsec()), (6, T.sec + 1, i64::from(T.nsec)));
     assert_eq!(std::fs::read(rig.path("f")).unwrap(), b"data\0\0", "no zeros for who has it open");
     // Bytes of the older version come too late.
-    write_range(&rig.cache, Fid(12), Stamp(6), 0, b"oldold", Some((0, 6))).unwrap();
+    write_range(&rig.cache, Fid(12), Stamp(7), 0, b"oldold", Some((0, 6))).unwrap();
     assert!(!rig.meta(12).complete);
-    write_range(&rig.cache, Fid(12), Stamp(7), 0, b"newnew", Some((0, 6))).unwrap();
+    write_range(&rig.cache, Fid(12), Stamp(8), 0, b"newnew", Some((0, 6))).unwrap();
     assert!(rig.meta(12).complete);
     assert_eq!(std::fs::read(rig.path("f")).unwrap(), b"newnew");
     // What is changed here and not shipped is not touched, but known to be old.
     rig.own_store(12);
     let mut third = file(12, 1);
-    third.stamp = Stamp(8);
+    third.stamp = Stamp(9);
     third.attr.mtime.sec += 9;
     set_object(&rig.cache, &third, Seq(0)).unwrap();
     assert_eq!(std::fs::read(rig.path("f")).unwrap(), b"newnew");
