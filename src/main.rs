@@ -25,8 +25,17 @@ fn main() -> ExitCode {
             }
         }
     } else {
-        let cli = Cli::parse_from(typed);
-        (cli.verbose, cli.command)
+        let is_fsck = typed.iter().skip(1).find(|it| !it.as_encoded_bytes().starts_with(b"-"))
+            == Some(&OsString::from("fsck"));
+        match Cli::try_parse_from(typed) {
+            Ok(cli) => (cli.verbose, cli.command),
+            // fsck has the exit codes of its kind
+            Err(why) if is_fsck && why.use_stderr() => {
+                let _ = why.print(); // nowhere to report a failure
+                return ExitCode::from(modes::fsck::USAGE);
+            }
+            Err(why) => why.exit(),
+        }
     };
     start_log(verbose);
     let name = command.name();
@@ -54,6 +63,8 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::Kml(args) => match &args.command {
             KmlCommand::Dump(args) => modes::kml::run(args),
         },
+        Command::Inspect(args) => modes::inspect::run(args),
+        Command::Fsck(args) => std::process::exit(modes::fsck::run(args).into()),
     }
 }
 

@@ -7,6 +7,8 @@
 pub mod conflicts;
 pub mod evict;
 pub mod explain;
+pub mod fsck;
+pub mod inspect;
 pub mod kml;
 pub mod mount;
 pub mod pin;

@@ -88,19 +88,28 @@ fn look_in(
 /// # Errors
 /// It lies in no mount of ours, or has `..` in it: exit codes 5 and 2.
 pub fn inside(path: &Path) -> anyhow::Result<(Place, Vec<u8>)> {
-    let mounts = sys::mount::ours().context("/proc/self/mountinfo")?;
-    let absolute = std::path::absolute(path).context("the working directory")?;
-    let found = split(&absolute, &mounts, |link| std::fs::read_link(link).ok());
-    let Some((mount, rest)) = found else {
+    let Some((place, rest)) = within(path)? else {
         let what = "it lies in no imz mount; imz status lists those there are";
         return fail(Exit::NotFound, what).with_context(|| path.display().to_string());
     };
+    Ok((place, rest.as_os_str().as_bytes().to_vec()))
+}
+
+/// Like [`inside`], but a path that lies in no mount of ours is no error.
+///
+/// # Errors
+/// `/proc` is missing, or it has `..` in it: exit code 2.
+pub fn within(path: &Path) -> anyhow::Result<Option<(Place, PathBuf)>> {
+    let mounts = sys::mount::ours().context("/proc/self/mountinfo")?;
+    let absolute = std::path::absolute(path).context("the working directory")?;
+    let found = split(&absolute, &mounts, |link| std::fs::read_link(link).ok());
+    let Some((mount, rest)) = found else { return Ok(None) };
     if rest.iter().any(|part| part == "..") {
         let what = "it has .. in it; say where it leads to";
         return fail(Exit::Usage, what).with_context(|| path.display().to_string());
     }
     let socket = control::socket_path(&mount);
-    Ok((Place { path: mount, socket, mounted: true }, rest.as_os_str().as_bytes().to_vec()))
+    Ok(Some((Place { path: mount, socket, mounted: true }, rest)))
 }
 
 /// The mount point on the way down an absolute path, and what follows it. `link`: where a symbolic

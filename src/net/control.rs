@@ -8,6 +8,8 @@
 //!   {"ask":"umount"}   {"seq":0}: the process ends
 //!   {"ask":"conflicts","do":...}   see conflicts.rs
 //!   {"ask":"keep",..}  pins and eviction: see [`keep`]
+//!   {"ask":"inspect","path":HEX}
+//!                      {"pairs":[[NAME,VALUE],...]}: all about the object at a path of the volume
 //!   anything else      {"error":"..."}
 //!
 //! Invariants: it answers even if all else is stuck, for it has threads of its own and shares
@@ -130,6 +132,15 @@ pub trait Answer: Send + Sync {
     fn keep(&self, _wish: &keep::Wish) -> Result<serde_json::Value, String> {
         Err("only a mount has a cache".to_owned())
     }
+    /// All that is known of the object at `path`, from the root of the volume: pairs of a name and
+    /// a value. Reads the cache's own disk.
+    ///
+    /// # Errors
+    /// Why there is nothing to be said, for people.
+    fn inspect(&self, path: &[u8]) -> Result<serde_json::Value, String> {
+        let _ = path;
+        Err("it knows of no objects".to_owned())
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -140,7 +151,18 @@ pub enum Request {
     Acked,
     Umount,
     Conflicts(conflicts::Ask),
-    Keep { wish: keep::Wish },
+    Keep {
+        wish: keep::Wish,
+    },
+    /// names are bytes: in hexadecimal
+    Inspect {
+        path: String,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+struct Inspected {
+    pairs: serde_json::Value,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -337,6 +359,13 @@ fn talk(stream: &UnixStream, answer: &dyn Answer) -> io::Result<()> {
                 Ok(value) => reply(stream, &value)?,
                 Err(error) => reply(stream, &Refusal { error })?,
             },
+            Request::Inspect { path } => {
+                let path = unhex(&path).ok_or_else(|| "not a path".to_owned());
+                match path.and_then(|path| answer.inspect(&path)) {
+                    Ok(pairs) => reply(stream, &Inspected { pairs })?,
+                    Err(error) => reply(stream, &Refusal { error })?,
+                }
+            }
             Request::Umount => {
                 // first the reply: there may be no process to send it afterwards
                 let sent = reply(stream, &Position { seq: 0 });
@@ -345,6 +374,12 @@ fn talk(stream: &UnixStream, answer: &dyn Answer) -> io::Result<()> {
             }
         }
     }
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    let digits = text.as_bytes().chunks(2);
+    let byte = |pair: &[u8]| u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok();
+    if text.len().is_multiple_of(2) { digits.map(byte).collect() } else { None }
 }
 
 fn reply(mut stream: &UnixStream, answer: &impl Serialize) -> io::Result<()> {
@@ -453,6 +488,12 @@ pub fn acked(path: &Path) -> Result<u64, ControlError> {
 pub fn conflicts(path: &Path, ask: conflicts::Ask) -> Result<serde_json::Value, ControlError> {
     let patience = conflicts::ANSWER_TIME_MAX + ANSWER_TIME_MAX;
     ask_within(path, Request::Conflicts(ask), patience)
+}
+
+/// All that is known of the object at `path` in the mount, as pairs. # Errors: [`ControlError`].
+pub fn inspect(socket: &Path, path: &[u8]) -> Result<serde_json::Value, ControlError> {
+    let path = path.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(ask_as::<Inspected>(socket, Request::Inspect { path })?.pairs)
 }
 
 /// Asks the process to end; it has heard it on return, not done it. # Errors: [`ControlError`].

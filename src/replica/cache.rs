@@ -28,7 +28,7 @@ use crate::sys::{Errno, clock, crash};
 
 /// The journal's cursors: the newest record that the server keeps, the stamp up to which every
 /// break was processed, and about how much data the tree holds.
-pub(super) const ACKED: &str = "acked";
+pub const ACKED: &str = "acked";
 pub(super) const CURRENT: &str = "current";
 const HELD_LEN: &str = "held_len";
 /// And: up to here the tree is durable as well; when all of it last was, by the machine's clock.

@@ -4,7 +4,8 @@
 //! extended attribute on the object itself; the index from fid to name can be rebuilt from the
 //! tree at any time. There is no database of truth.
 //!
-//! Reading order: what both sides share, then a client's view, then the server's.
+//! Reading order: what both sides share, then a client's view, then the server's, then what looks
+//! after both (compare, fsck, inspect).
 
 pub mod index;
 pub mod meta;
@@ -31,3 +32,7 @@ mod redo;
 pub mod resolve;
 mod spool;
 pub mod volume;
+
+pub mod compare;
+pub mod fsck;
+pub mod inspect;

@@ -75,6 +75,49 @@ pub fn is_alone(file: BorrowedFd) -> Result<bool, Errno> {
     }
 }
 
+/// A process that holds a lock.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Holder {
+    pub pid: u32,
+    /// its command, if it is still there
+    pub command: String,
+}
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.command[..] {
+            "" => write!(f, "process {}", self.pid),
+            command => write!(f, "process {} ({command})", self.pid),
+        }
+    }
+}
+
+/// Who holds the lock (flock(2)) of a file, as the kernel's list says.
+pub fn lock_holder(file: &File) -> Option<Holder> {
+    let stat = rustix::fs::fstat(file).ok()?;
+    let device = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
+    let text = std::fs::read_to_string("/proc/locks").ok()?;
+    let pid = holder_in(&text, device, stat.st_ino)?;
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words = command.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+    let words: Vec<_> = words.map(String::from_utf8_lossy).collect();
+    Some(Holder { pid, command: words.join(" ") })
+}
+
+/// Lines are `1: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE START END`, the device in hexadecimal.
+fn holder_in(locks: &str, device: (u32, u32), inode: u64) -> Option<u32> {
+    let of = |line: &str| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let [_, "FLOCK", _, _, pid, place, ..] = fields[..] else { return None };
+        let mut parts = place.split(':');
+        let mut hex = || u32::from_str_radix(parts.next()?, 16).ok();
+        let found = (hex()?, hex()?);
+        (parts.next()?.parse() == Ok(inode)).then_some((found == device, pid.parse().ok()?))
+    };
+    // some file systems show another device than they tell in stat: the inode must do then
+    locks.lines().filter_map(of).max_by_key(|(same, _)| *same).map(|(_, pid)| pid)
+}
+
 /// Makes the entries of a directory durable.
 ///
 /// # Errors
@@ -90,6 +133,23 @@ mod tests {
 
     use super::*;
     use crate::sys::fs::{self, o};
+
+    #[test]
+    fn the_holder_of_a_lock_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let held = File::create(&path).unwrap();
+        held.lock().unwrap();
+        let holder = lock_holder(&File::open(&path).unwrap()).unwrap();
+        assert_eq!(holder.pid, std::process::id());
+        let text = "1: POSIX  ADVISORY  WRITE 7 08:01:55 0 EOF\n\
+                    2: FLOCK  ADVISORY  WRITE 8 00:2a:55 0 EOF\n\
+                    3: FLOCK  ADVISORY  WRITE 9 08:01:55 0 EOF\n\
+                    3: -> FLOCK  ADVISORY  WRITE 10 08:01:55 0 EOF\n";
+        assert_eq!(holder_in(text, (8, 1), 55), Some(9));
+        assert_eq!(holder_in(text, (8, 1), 56), None);
+        assert_eq!(holder_in(text, (0, 0x2a), 55), Some(8));
+    }
 
     #[test]
     fn the_question_for_writers_keeps_nobody_out() {

@@ -12,9 +12,9 @@ use crate::kml::record::Fid;
 use crate::kml::writers::Writers;
 use crate::modes::{Exit, Failure, fail};
 use crate::presto::filter::Filter;
-use crate::replica::cache::Cache;
+use crate::replica::cache::{Cache, CacheError};
 use crate::replica::state::{Facts, State, StateError};
-use crate::replica::tree::Tree;
+use crate::replica::tree::{Tree, TreeError};
 use crate::replica::{power, recover};
 use crate::sys::{boot, crash, cred, fs};
 
@@ -70,6 +70,7 @@ pub fn open(dir: &Path, source: &Source, volume: &str) -> anyhow::Result<Opened>
             let what = format!("{}: the cache is in use by another mount", name());
             anyhow::Error::from(Failure::new(Exit::Refused, what))
         }
+        e @ StateError::Damaged { .. } => damaged(dir, &e),
         e => e.into(),
     })?;
     if state.facts().volume_id() == 0 {
@@ -82,20 +83,18 @@ pub fn open(dir: &Path, source: &Source, volume: &str) -> anyhow::Result<Opened>
     std::fs::create_dir_all(&kml).with_context(|| kml.display().to_string())?;
     let log = Log::open_or_create(&kml, 0, facts.incarnation(), Options::default());
     let log = log.map_err(|e| match e {
-        e @ LogError::Corrupt { .. } => {
-            let what = format!(
-                "{e}; the files in {} are whole, and imz kml dump {} shows which changes the \
-                 server lacks, up to there. Keep a copy of both before anything else",
-                dir.join("tree").display(),
-                dir.display()
-            );
-            anyhow::Error::from(Failure::new(Exit::Damaged, what))
-        }
+        e @ LogError::Corrupt { .. } => damaged(dir, &e),
         e => e.into(),
     })?;
-    let writers = Writers::open(&kml)?;
-    let tree = Tree::open(&dir.join("tree"), &own.join("index"), facts.clean)
-        .map_err(|e| anyhow::Error::from(Failure::new(Exit::NoRoom, e.to_string())))?;
+    let writers = Writers::open(&kml).map_err(|e| match e {
+        e @ LogError::Corrupt { .. } => damaged(dir, &e),
+        e => e.into(),
+    })?;
+    let tree = Tree::open(&dir.join("tree"), &own.join("index"), facts.clean);
+    let tree = tree.map_err(|e| match e {
+        e @ TreeError::BadMeta(_) => damaged(dir, &e),
+        e => Failure::new(Exit::NoRoom, e.to_string()).into(),
+    })?;
     state.edit(|facts| facts.clean = false)?;
     let mut store = None;
     if facts.power_lost() {
@@ -107,7 +106,10 @@ pub fn open(dir: &Path, source: &Source, volume: &str) -> anyhow::Result<Opened>
     } else if !facts.clean {
         settle(&tree, &log, facts.epoch).with_context(|| format!("{}: recovery", name()))?;
     }
-    let cache = Cache::new(tree, log, state, &own.join("limbo"))?;
+    let cache = Cache::new(tree, log, state, &own.join("limbo")).map_err(|e| match e {
+        CacheError::Log(e @ LogError::Corrupt { .. }) => damaged(dir, &e),
+        e => e.into(),
+    })?;
     look_for_losses(dir, &cache)?;
     Ok(Opened { cache: Arc::new(cache), writers, store })
 }
@@ -163,6 +165,17 @@ fn looks(cache: &Cache) -> String {
         Ok(stat) => format!("{} {:?}\n", stat.ino, stat.mtime),
         Err(_) => String::new(),
     }
+}
+
+/// The error of a cache that is damaged, with what to do about it.
+fn damaged(dir: &Path, error: &dyn std::error::Error) -> anyhow::Error {
+    let what = format!(
+        "{error}; the files in {} are whole, and imz fsck {} says what is wrong and what --repair \
+         would do",
+        dir.join("tree").display(),
+        dir.display()
+    );
+    Failure::new(Exit::Damaged, what).into()
 }
 
 /// Finds the outcome of what was under way, and tells the index what it may have forgotten.

@@ -24,6 +24,7 @@ use crate::presto::device::Kernel;
 use crate::presto::filter::{Filter, Lento, LockDone, Want};
 use crate::replica::cache::Cache;
 use crate::replica::hydrate::Notice;
+use crate::replica::inspect;
 use crate::sys::Errno;
 
 /// The filter's way to the loop.
@@ -267,5 +268,14 @@ impl<F: Fn() + Send + Sync> Answer for Told<F> {
 
     fn keep(&self, wish: &Wish) -> Result<serde_json::Value, String> {
         self.keeping.answer(wish)
+    }
+
+    fn inspect(&self, path: &[u8]) -> Result<serde_json::Value, String> {
+        let right = |fid| match self.filter.rights.mode(fid) {
+            Mode::Write => "write",
+            Mode::Read => "read",
+            Mode::None => "none",
+        };
+        Ok(inspect::in_mount(&self.filter.cache, path, &right)?.to_pairs())
     }
 }
