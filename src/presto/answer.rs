@@ -11,6 +11,7 @@ use super::abi::{Op, Request, SetTime, Setattr};
 use super::adapter::Adapter;
 use super::attrs::{When, Wish};
 use super::filter::{Filter, Found, Result, Stop};
+use super::names::UNKNOWN;
 use super::open::Open;
 use crate::kml::record::{Fid, NAME_LEN_MAX, Time};
 use crate::sys::Errno;
@@ -166,6 +167,9 @@ fn list(filter: &Filter, dir: Fid, at: u64, room: u32, plus: bool) -> Result<Vec
     filter.list(dir, at as i64, |e| {
         let keep = if e.found.keep { KEEP } else { 0 };
         let plus = plus.then_some(keep);
+        if e.found.fid == UNKNOWN {
+            return listing.add_name(&e.name, &e.found.stat, e.next as u64, plus.is_some());
+        }
         listing.add(&e.name, e.found.fid.0, &e.found.stat, e.next as u64, plus)
     })?;
     Ok(listing.into_body())

@@ -308,9 +308,19 @@ impl Filter {
             Err(e) => return Err(e.into()),
         };
         match self.cache.tree.meta(dir, name)? {
-            Some(meta) => Ok(Some((stat, meta))),
+            Some(meta) if self.cache.tree.is_placed(dir, name, meta.fid, stat.ino)? => {
+                Ok(Some((stat, meta)))
+            }
+            Some(meta) => {
+                log::error!(
+                    "{name:?} in {} is a copy of {}; imz fsck the cache",
+                    dir.fid,
+                    meta.fid
+                );
+                Err(Stop::Errno(Errno::IO))
+            }
             None => {
-                log::error!("{name:?} in {} is unknown to imz; run a check of the cache", dir.fid);
+                log::error!("{name:?} in {} is unknown to imz; imz fsck the cache", dir.fid);
                 Err(Stop::Errno(Errno::IO))
             }
         }

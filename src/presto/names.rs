@@ -9,10 +9,13 @@ use crate::kml::record::{Fid, Gone, Name, Op, Over, TARGET_LEN_MAX};
 use crate::lento::rights::Mode;
 use crate::replica::meta::Meta;
 use crate::replica::ops::attr_of;
-use crate::replica::tree::Dir;
+use crate::replica::tree::{Dir, LIMBO, TreeError};
 use crate::sys::Errno;
 use crate::sys::cred::Caller;
 use crate::sys::fs::{self, Kind, RenameMode, Stat};
+
+/// The fid of what stands in a listing and cannot be told: none that is ever given.
+pub const UNKNOWN: Fid = LIMBO;
 
 /// One entry of a listing.
 pub struct Listed {
@@ -83,11 +86,27 @@ impl Filter {
             }
             _ => {
                 let Ok(name) = self.name(dir.fid, name) else { return Ok(None) };
-                let Some(meta) = self.cache.tree.meta(dir, &name)? else { return Ok(None) };
+                let tree = &self.cache.tree;
+                let meta = match tree.meta(dir, &name) {
+                    Ok(Some(meta)) => Some(meta),
+                    Ok(None) => return Ok(None),
+                    Err(TreeError::BadMeta(_)) => None,
+                    Err(e) => return Err(e.into()),
+                };
                 let stat = match fs::stat(dir, name.as_bytes()) {
                     Ok(stat) => stat,
                     Err(Errno::NOENT) => return Ok(None),
                     Err(e) => return Err(e.into()),
+                };
+                let placed = |meta: &Meta| tree.is_placed(dir, &name, meta.fid, stat.ino);
+                let known = match meta {
+                    Some(meta) => placed(&meta)?.then_some(meta),
+                    None => None,
+                };
+                let Some(meta) = known else {
+                    // One that is damaged is named; who looks at it hears of it.
+                    let found = Found { fid: UNKNOWN, stat, keep: false };
+                    return Ok(Some(Listed { name: name.as_bytes().to_vec(), found, next }));
                 };
                 let found = self.found(stat, &meta);
                 let is_same = kind.is_none_or(|k| k == found.stat.kind());

@@ -310,6 +310,25 @@ impl Tree {
         Err(TreeError::Gone(fid))
     }
 
+    /// Whether the object at `name`, with this fid and inode, is the one that has the fid. False: it
+    /// is a copy that somebody made with the attribute, behind our back.
+    pub fn is_placed(&self, dir: &Dir, name: &Name, fid: Fid, ino: u64) -> Result<bool> {
+        let known = self.index.names(fid)?;
+        if known.iter().any(|(parent, at)| *parent == dir.fid && at == name) {
+            return Ok(true);
+        }
+        for (parent, at) in known {
+            let Ok(parent) = self.dir_once(parent) else { continue };
+            let stands = self.meta(&parent, &at).ok().flatten().is_some_and(|it| it.fid == fid);
+            if stands && fs::stat(&*parent, at.as_bytes()).is_ok_and(|stat| stat.ino != ino) {
+                return Ok(false);
+            }
+        }
+        // moved or linked meanwhile, or the index has forgotten it
+        self.index.add(fid, dir.fid, name)?;
+        Ok(true)
+    }
+
     /// Opens an object that is not a symbolic link.
     pub fn open_object(&self, fid: Fid, flags: i32) -> Result<OwnedFd> {
         if fid == ROOT {

@@ -184,6 +184,23 @@ impl Listing {
         next: u64,
         plus: Option<u64>,
     ) -> bool {
+        self.put(name, (ino, ino), stat, next, plus)
+    }
+
+    /// A name alone: the kernel looks it up by itself.
+    pub fn add_name(&mut self, name: &[u8], stat: &Stat, next: u64, plus: bool) -> bool {
+        // No object is 0; an entry with that number nobody would be shown.
+        self.put(name, (0, u64::MAX), stat, next, plus.then_some(0))
+    }
+
+    fn put(
+        &mut self,
+        name: &[u8],
+        (node, ino): (u64, u64),
+        stat: &Stat,
+        next: u64,
+        plus: Option<u64>,
+    ) -> bool {
         let before = if plus.is_some() { ENTRY_LEN } else { 0 };
         let len = before + (DIRENT_LEN + name.len()).next_multiple_of(8);
         if self.bytes.len() + len > self.room {
@@ -192,7 +209,7 @@ impl Listing {
         let end = self.bytes.len() + len;
         let mut body = Body(std::mem::take(&mut self.bytes));
         if let Some(keep) = plus {
-            body = put_entry(body, &Entry { ino, stat, keep });
+            body = put_entry(body, &Entry { ino: node, stat, keep });
         }
         let kind = dirent_type(stat.kind());
         body = body.u64(ino).u64(next).u32(name.len() as u32).u32(kind);
