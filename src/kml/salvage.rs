@@ -312,7 +312,7 @@ struct Reader<'a> {
 
 /// What stands at a place.
 enum Here {
-    Record(Entry, usize, u32),
+    Record(Box<Entry>, usize, u32),
     Alien(Fault),
     Faulty(Fault),
 }
@@ -397,7 +397,7 @@ impl Reader<'_> {
             Ok(record) => {
                 let (seq, outcome) = (verified.seq(), verified.outcome());
                 let entry = Entry { seq, record, outcome };
-                Here::Record(entry, verified.bytes().len(), verified.crc())
+                Here::Record(Box::new(entry), verified.bytes().len(), verified.crc())
             }
             Err(why) => Here::Alien(why),
         }

@@ -243,6 +243,9 @@ pub fn check(house: &House, repair: bool, watch: &Watch<'_>) -> Result<Report, F
         unseen: seen.unseen,
     };
     let mut findings = found.0;
+    if facts.as_ref().is_some_and(Facts::power_lost) {
+        findings.iter_mut().for_each(put_off);
+    }
     // the worst last, where a terminal shows it
     findings.sort_by_key(|finding| finding.severity);
     let lost_found = match repair && findings.iter().any(Finding::is_repairable) {
@@ -250,6 +253,16 @@ pub fn check(house: &House, repair: bool, watch: &Watch<'_>) -> Result<Report, F
         false => None,
     };
     Ok(Report { side: house.side, counts, findings, lost_found })
+}
+
+/// After a loss of power the next start compares tree and journal by itself, and knows better what
+/// is missing.
+fn put_off(finding: &mut Finding) {
+    let kinds = ["index-lacks", "name-differs", "data-lost", "data-short", "unknown", "stub-short"];
+    if kinds.contains(&finding.kind) {
+        (finding.severity, finding.fix) = (Severity::Note, Fix::None);
+        finding.remedy = "the machine lost its power: the next start looks at it first".to_owned();
+    }
 }
 
 /// Findings as they come.

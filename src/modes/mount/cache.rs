@@ -100,7 +100,7 @@ pub fn open(dir: &Path, source: &Source, volume: &str) -> anyhow::Result<Opened>
     if facts.power_lost() {
         state.edit(|facts| facts.epoch = facts.epoch.wrapping_add(1).max(1))?;
         let us = (state.facts().epoch, facts.node);
-        let found = power::recover(&tree, &log, us, &own.join("lost+found"));
+        let found = power::recover(&tree, &log, us, &dir.join("lost+found"));
         store = Some(found.with_context(|| format!("{}: recovery", name()))?.store);
         tree.index.flush(true)?;
     } else if !facts.clean {

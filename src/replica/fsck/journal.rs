@@ -72,7 +72,7 @@ pub(super) fn look(
     let mut count = 0;
     let survey = salvage::survey(&house.journal, None, &mut |entry| {
         count += 1;
-        if count % TELL_EVERY == 0 {
+        if u64::is_multiple_of(count, TELL_EVERY) {
             (watch.progress)("records", count);
         }
         journal.take(house.side, own, entry);

@@ -90,7 +90,7 @@ pub(super) fn look(
         Side::Served => {
             nodes(house, journal, seen, found);
             spool(house, found)?;
-            conflicts(house, found)?;
+            conflicts(house, facts, found)?;
         }
     }
     Ok(())
@@ -181,16 +181,27 @@ fn spool(house: &House, found: &mut Found) -> Result<(), FsckError> {
 }
 
 /// Every version that lost must be there whole.
-fn conflicts(house: &House, found: &mut Found) -> Result<(), FsckError> {
+fn conflicts(house: &House, facts: Option<&Facts>, found: &mut Found) -> Result<(), FsckError> {
     let dir = house.tree.join(String::from_utf8_lossy(CONFLICTS_NAME).as_ref());
     let Ok(entries) = fs::read_dir(&dir) else { return Ok(()) };
     for entry in entries {
-        let path = entry.map_err(io(&dir))?.path();
-        if let Err(why) = conflict(&path) {
-            found
+        let entry = entry.map_err(io(&dir))?;
+        let path = entry.path();
+        // one that was decided, and is being removed
+        if entry.file_name().as_encoded_bytes().starts_with(b".gone-") {
+            continue;
+        }
+        let clean = facts.is_some_and(|facts| facts.clean);
+        match conflict(&path) {
+            Ok(()) => {}
+            Err(_) if !clean && !path.join("record.json").exists() => found.add(
+                Finding::note("conflict-half", &path, "it was being kept when the server ended")
+                    .advise("the client sends it again"),
+            ),
+            Err(why) => found
                 .add(Finding::error("conflict-damaged", &path, why).advise(
                     "what is left of this version is in the directory: take it from there",
-                ));
+                )),
         }
     }
     Ok(())
@@ -207,18 +218,19 @@ fn conflict(path: &Path) -> Result<(), String> {
     };
     let told = read("record.json")?;
     serde_json::from_slice::<serde_json::Value>(&told).map_err(|e| format!("record.json: {e}"))?;
-    let (_, record) = decode_wire(&read("record")?).map_err(|e| format!("record: {e}"))?;
-    if let Op::Store { size, .. } = record.op {
-        match path.join("data").metadata() {
-            Ok(data) if data.len() < size => {
-                let short = format!("data has {} bytes of {size}", data.len());
-                return Err(short);
-            }
-            Ok(_) => {}
-            // of a file that was removed before its contents could be sent there are none
-            Err(_) if size == 0 => {}
-            Err(e) => return Err(format!("data: {e}")),
+    // the first one, and those of the same client that it takes along
+    for entry in fs::read_dir(path).map_err(|e| e.to_string())? {
+        let name = entry.map_err(|e| e.to_string())?.file_name();
+        let name = name.to_string_lossy();
+        if name == "record" || name.strip_prefix("record.").is_some_and(|it| it != "json") {
+            decode_wire(&read(&name)?).map_err(|e| format!("{name}: {e}"))?;
         }
     }
-    Ok(())
+    let (_, record) = decode_wire(&read("record")?).map_err(|e| format!("record: {e}"))?;
+    // of a file that was removed before its contents could be sent there are none
+    let is_store = matches!(record.op, Op::Store { size, .. } if size > 0);
+    match path.join("data").metadata() {
+        Err(e) if is_store && e.kind() != std::io::ErrorKind::NotFound => Err(format!("data: {e}")),
+        _ => Ok(()),
+    }
 }

@@ -1,7 +1,7 @@
 //! Every object of the tree: its attribute, its places, what is here of it, and whether it is what
 //! the journal's records want.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
@@ -55,7 +55,7 @@ pub(super) fn look(
     let mut stopped = Ok(());
     compare::compare(root, &knowledge, &mut |what| {
         stopped = watch.check();
-        if look.seen.count % TELL_EVERY == 0 {
+        if look.seen.count.is_multiple_of(TELL_EVERY) {
             (watch.progress)("objects", look.seen.count);
         }
         match what {
@@ -379,7 +379,7 @@ impl Look<'_> {
 
     fn difference(&mut self, spot: Option<&Spot>, difference: Difference) {
         match (spot, difference) {
-            (Some(spot), Difference::New) => self.new(spot),
+            (Some(spot), Difference::New) => self.nobodys(spot),
             (Some(spot), Difference::Damaged) => {
                 self.damaged(spot, "what imz knows of it cannot be read");
             }
@@ -412,7 +412,7 @@ impl Look<'_> {
         }
     }
 
-    fn new(&mut self, spot: &Spot) {
+    fn nobodys(&mut self, spot: &Spot) {
         if self.house.side == Side::Served {
             self.seen.unseen += 1;
             return;
@@ -506,7 +506,7 @@ impl Look<'_> {
                     .advise("the record is shipped as it is; look at the name afterwards"),
             );
         }
-        let found: Vec<Fid> = self.standing.values().copied().flatten().collect();
+        let found: HashSet<Fid> = self.standing.values().copied().flatten().collect();
         for (fid, store) in &self.journal.stores {
             let is_there = found.contains(fid);
             if is_there || self.journal.gone.contains(fid) {
