@@ -265,9 +265,9 @@ fn with_another(world: &mut World) {
         fs::rename(root.join("links"), root.join("from b/links")).unwrap();
         fs::remove_file(root.join("big")).unwrap();
     }
-    b.sync();
+    let point = b.path().to_owned();
     world.b = Some(b);
-    world.revive();
+    world.sync_at(&point);
     // the first one lists and reads all of it
     for _ in 0..3 {
         let read = ["rsync", "-a", &format!("{}/", world.a.path().display())];

@@ -95,6 +95,8 @@ pub(super) struct Job<'a> {
     announced: Announced,
     /// objects that records without outcome put to these places after all; few
     settled: Vec<(Fid, (Fid, Name))>,
+    /// objects that are nowhere because records in doubt removed them
+    removed: HashSet<Fid>,
     /// directory for what is not believed and not at the server either
     aside: &'a Path,
     report: Report,
@@ -121,6 +123,7 @@ pub fn recover(
         kept_at: log.cursor(KEPT_AT).saturating_sub(CLOCK_STEP.as_nanos() as u64),
         announced: Announced::new(),
         settled: Vec::new(),
+        removed: HashSet::new(),
         aside,
         report: Report::default(),
     };

@@ -10,12 +10,16 @@
 //! without earlier ones. (4 KiB, since disks do not tear their sectors.) That is dm-log-writes with
 //! its replay, for kernels that have no device mapper; a copy of a live image would be no point in
 //! time, and a snapshot would keep the order of unflushed writes.
+//!
+//! The file is served by a process of its own (this test program, run once more): one that waits in
+//! the kernel for a file that it serves itself cannot even be killed. A line to it asks for a cut.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use imz::presto::abi::init::{self, Offer, Taken, flag};
@@ -48,9 +52,9 @@ pub struct Recorder {
     dir: PathBuf,
     /// the image, served by this process
     file: PathBuf,
-    record: Arc<Mutex<Record>>,
-    image: PathBuf,
-    holder: tempfile::TempDir,
+    server: Child,
+    answers: BufReader<ChildStdout>,
+    _holder: tempfile::TempDir,
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -75,46 +79,78 @@ impl Recorder {
         let (current, durable) = (holder.path().join("current"), holder.path().join("durable"));
         copy(cut, &current);
         copy(cut, &durable);
-        let open = |path: &Path| File::options().read(true).write(true).open(path).unwrap();
-        let (flushes, fresh) = (0, Vec::new());
-        let record = Record { current: open(&current), durable: open(&durable), fresh, flushes };
-        let record = Arc::new(Mutex::new(record));
         let file = mount_point().with_extension("image");
         File::create(&file).unwrap();
-        let len = fs::metadata(cut).unwrap().len();
-        if let Err(e) = serve(&file, len, record.clone()) {
-            return unable(&format!("a file served by FUSE: {e}"));
+        let mut server = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "recorder::the_process", "--nocapture", "--test-threads=1"])
+            .env("IMZ_POWER_DISK", holder.path())
+            .env("IMZ_POWER_FILE", &file)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut answers = BufReader::new(server.stdout.take().unwrap());
+        if heard(&mut answers).is_none() {
+            return unable("no file can be served by FUSE");
         }
         let words = ["mount", "-o", "loop,commit=1", file.to_str().unwrap(), dir.to_str().unwrap()];
         let out = command(&words).output().unwrap();
         let dir = dir.to_owned();
-        let recorder = Recorder { dir, file, record, image: durable, holder };
+        let recorder = Recorder { dir, file, server, answers, _holder: holder };
         match out.status.success() {
             true => Some(recorder),
             false => unable(&format!("no loop mount of such a file: {}", told(&out))),
         }
     }
 
-    /// The image as a power cut at this moment might leave it.
-    pub fn cut(&self, rng: &mut Rng) -> PathBuf {
-        let record = self.record.lock().unwrap();
-        let to = self.holder.path().join("cut");
-        copy(&self.image, &to);
-        let file = File::options().write(true).open(&to).unwrap();
-        // of some disks nothing is left, of some all, of most something
-        let chance = *rng.pick(&[0, 30, 50, 50, 70, 100]);
-        for (at, bytes) in &record.fresh {
-            for (nth, part) in bytes.chunks(SECTOR).enumerate() {
-                if rng.below(100) < chance {
-                    file.write_all_at(part, at + (nth * SECTOR) as u64).unwrap();
-                }
+    /// The image as a power cut at this moment might leave it; how many flushes came before.
+    pub fn cut(&mut self, rng: &mut Rng, to: &Path) -> u64 {
+        let line = format!("{} {}\n", rng.next(), to.display());
+        self.server.stdin.as_mut().unwrap().write_all(line.as_bytes()).unwrap();
+        heard(&mut self.answers).expect("the disk's process has ended")
+    }
+}
+
+/// The number in the next answer; the harness of tests says other things as well.
+fn heard(answers: &mut impl BufRead) -> Option<u64> {
+    let lines = answers.lines().map_while(Result::ok);
+    let mut numbers = lines.filter_map(|line| line.rsplit("disk: ").next()?.parse().ok());
+    numbers.next()
+}
+
+/// What the disk's process does: serve, and cut when it is told to, as long as somebody listens.
+#[test]
+fn the_process() {
+    let Some(disk) = std::env::var_os("IMZ_POWER_DISK").map(PathBuf::from) else { return };
+    let file = std::env::var_os("IMZ_POWER_FILE").map(PathBuf::from).unwrap();
+    let (current, durable) = (disk.join("current"), disk.join("durable"));
+    let open = |path: &Path| File::options().read(true).write(true).open(path).unwrap();
+    let (flushes, fresh) = (0, Vec::new());
+    let len = fs::metadata(&current).unwrap().len();
+    let record = Record { current: open(&current), durable: open(&durable), fresh, flushes };
+    let record = Arc::new(Mutex::new(record));
+    serve(&file, len, record.clone()).unwrap();
+    println!("disk: 0");
+    for line in io::stdin().lines().map_while(Result::ok) {
+        let (seed, to) = line.split_once(' ').unwrap();
+        let record = record.lock().unwrap();
+        cut(&record, &durable, &mut Rng(seed.parse().unwrap()), Path::new(to));
+        println!("disk: {}", record.flushes);
+    }
+}
+
+fn cut(record: &Record, durable: &Path, rng: &mut Rng, to: &Path) {
+    copy(durable, to);
+    let file = File::options().write(true).open(to).unwrap();
+    // of some disks nothing is left, of some all, of most something
+    let chance = *rng.pick(&[0, 30, 50, 50, 70, 100]);
+    for (at, bytes) in &record.fresh {
+        for (nth, part) in bytes.chunks(SECTOR).enumerate() {
+            if rng.below(100) < chance {
+                file.write_all_at(part, at + (nth * SECTOR) as u64).unwrap();
             }
         }
-        to
-    }
-
-    pub fn flushes(&self) -> u64 {
-        self.record.lock().unwrap().flushes
     }
 }
 
@@ -123,6 +159,8 @@ impl Drop for Recorder {
         for point in [&self.dir, &self.file] {
             let _ = command(&["umount", "-l", point.to_str().unwrap()]).output();
         }
+        let _ = self.server.kill(); // with it goes whatever still waits for the disk
+        let _ = self.server.wait();
         let _ = fs::remove_file(&self.file);
     }
 }

@@ -4,6 +4,8 @@
 //!  record                        the tree shows                     then
 //!  any                           outcome void                       stays void
 //!  any                           outcome unknown                    as after a kill (recover.rs)
+//!  any                           the object nowhere, for a later    done
+//!                                record that holds removed it
 //!  mkdir symlink mknod create    the fid, anywhere                  done
 //!                                the name without a fid             give it the fid; done
 //!                                neither fid nor name               do it; a create of contents: void
@@ -57,6 +59,7 @@ impl Job<'_> {
     /// Looks at all records behind `kept`.
     pub(super) fn redo_all(&mut self, kept: Seq) -> std::result::Result<(), CacheError> {
         let (tree, log) = (self.tree, self.log);
+        self.removed = self.removed_by_records(kept)?;
         let mut void: HashSet<Fid> = HashSet::new();
         for entry in log.entries(kept.next().max(log.first())) {
             let entry = entry?;
@@ -87,6 +90,45 @@ impl Job<'_> {
             crash::point("power-redone");
         }
         Ok(())
+    }
+
+    /// Objects that are nowhere because a record that holds took them away: what came before is not
+    /// missing. Newest first, for a record of an object that is lost takes nothing away.
+    fn removed_by_records(&self, kept: Seq) -> std::result::Result<HashSet<Fid>, CacheError> {
+        let mut removed: HashSet<Fid> = HashSet::new();
+        for entry in self.log.entries_back(self.log.last()) {
+            let entry = entry?;
+            if entry.seq <= kept {
+                break;
+            }
+            let gone = match &entry.record.op {
+                _ if entry.outcome == Outcome::Void => continue,
+                Op::Unlink { gone, .. } | Op::Rmdir { gone, .. } => gone.fid,
+                Op::Rename { fid, over: Over::Replaced(gone), .. } => {
+                    let holds = removed.contains(fid) || !self.is_lost(*fid)?;
+                    if !holds {
+                        continue;
+                    }
+                    gone.fid
+                }
+                _ => continue,
+            };
+            if matches!(self.tree.find(gone), Err(TreeError::Gone(_))) {
+                removed.insert(gone);
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Whether the object is nowhere, and its contents with it.
+    fn is_lost(&self, fid: Fid) -> Result<bool> {
+        match self.tree.find(fid) {
+            Ok(_) => Ok(false),
+            Err(TreeError::Gone(_)) => {
+                Ok(self.announced.get(&fid).is_none_or(|(size, _)| *size > 0))
+            }
+            Err(e) => Err(e),
+        }
     }
 
     /// Whether a record whose outcome was not known put the object there.
@@ -176,6 +218,9 @@ impl Job<'_> {
 
     fn make(&mut self, record: &Record, at: &Place, fid: Fid) -> Result<Fate> {
         let tree = self.tree;
+        if self.removed.contains(&fid) {
+            return Ok(Fate::There);
+        }
         match tree.find(fid) {
             Ok(_) => return Ok(Fate::There),
             Err(TreeError::Gone(_)) => {}
@@ -225,8 +270,8 @@ impl Job<'_> {
             return Ok(Fate::There);
         }
         if at_place(tree, from)? != Seen::Object(fid) {
-            let found = tree.find(fid);
-            return Ok(if found.is_ok() { Fate::There } else { Fate::Void });
+            let known = tree.find(fid).is_ok() || self.removed.contains(&fid);
+            return Ok(if known { Fate::There } else { Fate::Void });
         }
         let there = match at_place(tree, to)? {
             Seen::Nothing => None,

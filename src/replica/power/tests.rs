@@ -129,6 +129,33 @@ fn records_without_effect_are_done_again_in_order() {
     assert_eq!((again.void, again.journaled, again.store), (0, 0, vec![]));
 }
 
+/// Found by cutting the power: the first version was void, for it was nowhere, and the second one
+/// then replaced what it had never seen.
+#[test]
+fn what_a_later_record_replaced_is_not_lost() {
+    let rig = Rig::new();
+    for counter in [10, 11] {
+        rig.done(create("tmp", counter));
+        rig.done(store(counter, 5));
+        let over = if counter == 10 { NOTHING } else { Over::Replaced(gone(fid(10))) };
+        rig.done(rename("tmp", "file", counter, over));
+    }
+    rig.put("file", &Meta::whole(fid(11)), "12345");
+    let report = rig.recover();
+    assert_eq!((report.void, report.redone, report.journaled), (0, 0, 0), "{report:?}");
+    // but a second version that is lost has replaced nothing
+    let rig = Rig::new();
+    for counter in [10, 11] {
+        rig.done(create("tmp", counter));
+        rig.done(store(counter, 5));
+        let over = if counter == 10 { NOTHING } else { Over::Replaced(gone(fid(10))) };
+        rig.done(rename("tmp", "file", counter, over));
+    }
+    let report = rig.recover();
+    assert_eq!(report.void, 6, "{report:?}");
+    assert!(!rig.at("file").exists() && !rig.at("tmp").exists());
+}
+
 #[test]
 fn what_only_looks_missing_is_left_alone() {
     let rig = Rig::new();
