@@ -273,8 +273,6 @@ fn a_disk_that_is_full_at_the_server() {
     let said = server.said();
     assert!(said.contains("there is no room left"), "{said}");
     assert!(said.lines().count() < 60, "it says so again and again: {said}");
-    // it is full, and goes on with all that needs no room
-    assert_eq!(fs::read_to_string(b.at("before")).unwrap(), "is there");
     fs::remove_file(filler).unwrap();
     let begun = Instant::now();
     wait_for("it to go on by itself", 60, || a.pending() == 0);

@@ -388,8 +388,11 @@ fn all_bytes(dir: &Path, into: &mut Vec<Vec<u8>>) {
     }
 }
 
+/// The word at the left, and the cells.
+type Row = (String, Vec<String>);
+
 /// The tables of the manual: name, words of the columns, rows.
-fn tables() -> Vec<(String, Vec<String>, Vec<(String, Vec<String>)>)> {
+fn tables() -> Vec<(String, Vec<String>, Vec<Row>)> {
     let parts = MANUAL.split(".\\\" TABLE ").skip(1);
     parts
         .map(|part| {

@@ -123,9 +123,10 @@ pub fn pin_pause(len: u64) -> Duration {
     bytes.max(Duration::from_secs(1) / PIN_ASKS)
 }
 
-/// How long shipping rests after the server could not take a batch.
+/// How long shipping rests after the server could not take a batch. Not for long: when its disk was
+/// full and has room again, somebody waits for that.
 pub fn reship_after(fails: u32) -> Duration {
-    Duration::from_secs(1 << fails.min(5))
+    Duration::from_secs(1 << fails.min(3))
 }
 
 /// Whether an object may be answered from the cache. `current`: no promise for it was broken and
