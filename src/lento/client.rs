@@ -140,6 +140,8 @@ pub enum Effect {
         node: u32,
         volume_id: [u8; 16],
         volume: String,
+        /// the server takes no change of it
+        read_only: bool,
     },
     /// the server will not have us; attempts go on
     Refused {
@@ -808,6 +810,7 @@ impl Client {
             node: m.node,
             volume_id: m.volume_id,
             volume: m.volume,
+            read_only: m.read_only,
         });
         if !self.shipper.on_welcome(m.acked, m.seen, &mut self.line, now) {
             let what = "the server has changes of this cache that the cache itself has lost";

@@ -202,6 +202,10 @@ pub struct Welcome {
     #[n(6)]
     #[cbor(default)]
     pub seen: Seq,
+    /// no change of the volume is taken
+    #[n(8)]
+    #[cbor(default)]
+    pub read_only: bool,
 }
 
 /// Why a server turns a client away, or fails a request.

@@ -15,4 +15,5 @@ pub mod promises;
 pub mod reint;
 pub mod rights;
 pub mod server;
+pub mod serving;
 pub mod ship;

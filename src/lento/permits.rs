@@ -30,6 +30,8 @@ use super::rights::{Mode, Rights};
 use super::server::{Effect, Server, VolumeNo, Why};
 use crate::kml::record::{Fid, Seq};
 
+/// No connection has this number.
+const NOBODY: ConnId = ConnId(0);
 /// Most requests of one client that wait for others; each is one of its kernel's.
 const WAITING_MAX: usize = 4096;
 /// Most objects whose rights are kept apart from a volume's, of one client. Beyond it everything is
@@ -98,6 +100,9 @@ pub(super) struct Permits {
 pub(super) struct Lettings(BTreeMap<(ConnId, u64), Letting>);
 
 impl Need {
+    fn writes(&self) -> bool {
+        matches!(self, Need::Objects(_, Mode::Write) | Need::WriteAll)
+    }
     /// Whether two clients' needs exclude each other. What nobody asked for excludes nothing.
     fn agrees(&self, other: &Need) -> bool {
         match (self, other) {
@@ -316,6 +321,7 @@ impl Server {
         let alone = alone && volume.permits.queue.is_empty();
         let alone = alone && volume.locking.has_only(node);
         let mode = policy::first_right(alone, written, volume.permits.holders.len());
+        let mode = if volume.terms.read_only { mode.min(Mode::Read) } else { mode };
         // Before the history is read: what comes after it is broken to the client.
         self.set_volume(no, conn, mode);
         self.answer_request(no, conn, id, since.into(), now);
@@ -383,7 +389,9 @@ impl Server {
     /// Where nobody else has a right, the next question is spared.
     fn give_more(&mut self, no: VolumeNo, conn: ConnId, node: u32, fid: Fid) -> Mode {
         let none = |(of, _): (&ConnId, &Holder)| self.mode(no, *of, fid) == Mode::None;
-        if self.volumes[no].permits.others(conn, node).all(none) {
+        if !self.volumes[no].terms.read_only
+            && self.volumes[no].permits.others(conn, node).all(none)
+        {
             self.set_mode(no, conn, fid, Mode::Write);
         }
         self.mode(no, conn, fid)
@@ -492,6 +500,14 @@ impl Server {
                 at += 1;
                 continue;
             }
+            if self.volumes[no].terms.read_only && need.writes() {
+                if let Some(waiting) = self.volumes[no].permits.queue.remove(at)
+                    && need != Need::WriteAll
+                {
+                    self.fail(conn, waiting.id, Code::ReadOnly, "the volume is read-only");
+                }
+                continue;
+            }
             let blockers = self.blockers(no, conn, node, &need);
             let free = || self.volumes[no].locking.has_only(node);
             if need == Need::WriteAll && !(free() && self.all_idle(no, &blockers, now)) {
@@ -587,6 +603,7 @@ impl Server {
                 self.set_volume(no, conn, Mode::Write);
                 self.request(conn, false, Granted { volume: Mode::Write }.into());
             }
+            Need::ReadAll if conn == NOBODY => self.on_all_let_go(no),
             Need::ReadAll => {
                 let volume = &mut self.volumes[no];
                 if let Some(holder) = volume.permits.holders.get_mut(&conn) {
@@ -696,6 +713,21 @@ impl Server {
             }
         }
         self.pump(no, now);
+    }
+
+    /// Has everybody let go the right to change anything; `on_all_let_go` follows.
+    pub(super) fn recall_all(&mut self, no: VolumeNo, now: Instant) {
+        self.wait((no, NOBODY, 0, 0), Need::ReadAll, None, now);
+    }
+    /// It is not wanted any more.
+    pub(super) fn recall_none(&mut self, no: VolumeNo, now: Instant) {
+        self.volumes[no].permits.queue.retain(|waiting| waiting.conn != NOBODY);
+        self.pump(no, now);
+    }
+    /// In short, what a client may do: with the volume, and with how many objects something else.
+    pub(super) fn held(&self, no: VolumeNo, conn: ConnId) -> (Mode, usize) {
+        let rights = self.volumes[no].permits.rights(conn);
+        rights.map_or((Mode::None, 0), |rights| (rights.volume(), rights.apart_count()))
     }
 
     pub(super) fn permits_wake_at(&self) -> Option<Instant> {

@@ -159,14 +159,19 @@ impl Server {
         if self.volumes[peer.volume].dead {
             return self.fail(conn, id, Code::Io, "the server's journal has failed");
         }
-        if after != peer.expected && !is_planted(Fault::PastGap) {
-            let what = format!("expected a batch after {}", peer.expected.0);
+        let (no, expected) = (peer.volume, peer.expected);
+        if !self.takes_changes(no) {
+            return self.fail(conn, id, Code::ReadOnly, "the volume is read-only");
+        }
+        if after != expected && !is_planted(Fault::PastGap) {
+            let what = format!("expected a batch after {}", expected.0);
             return self.fail(conn, id, Code::Gap, &what);
         }
         let len = changes.iter().map(inline_len).sum();
         if self.queue_len + len > self.settings.queue_len_max {
             return self.fail(conn, id, Code::Other, "too much is on its way in");
         }
+        let Some(peer) = self.peers.get_mut(&conn) else { return };
         self.queue_len += len;
         let volume = peer.volume;
         peer.expected = upto;
@@ -228,6 +233,11 @@ impl Server {
             Ok(_) => return self.fail(conn, id, Code::Other, "it touches too much"),
             Err(failed) => return self.fail(conn, id, failed.code, &failed.what),
         };
+        let no = peer.volume;
+        if !self.takes_changes(no) {
+            return self.fail(conn, id, Code::ReadOnly, "the volume is read-only");
+        }
+        let Some(peer) = self.peers.get_mut(&conn) else { return };
         if is_full || self.volumes[peer.volume].dead {
             let what = "the server takes no changes at the moment: try again";
             return self.fail(conn, id, Code::Io, what);

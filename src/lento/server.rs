@@ -26,6 +26,7 @@ use super::message::{
 use super::permits::{Lettings, Permits, lease_end};
 use super::promises::{ConnId, PROMISES_MAX, Promises, Round};
 use super::reint::{Batch, Parked, Ticket, ToRead};
+use super::serving::Terms;
 
 /// The bounds of every wait and queue.
 #[derive(Clone, Debug)]
@@ -99,6 +100,10 @@ pub enum Why {
     Replaced,
     #[error("its batch makes no sense: {0}")]
     BadBatch(String),
+    #[error("the volume is not served any more")]
+    Removed,
+    #[error("it is to hear whether the volume may be changed")]
+    Changed,
 }
 
 /// What the owner must do.
@@ -126,6 +131,23 @@ pub enum Effect {
     Sync { volume: VolumeNo },
 }
 
+impl Effect {
+    /// The volume that the owner has to do with.
+    pub fn volume(&self) -> Option<VolumeNo> {
+        match self {
+            Effect::Send { .. } | Effect::Close { .. } => None,
+            Effect::Meet { volume, .. }
+            | Effect::Ask { volume, .. }
+            | Effect::Spool { volume, .. }
+            | Effect::Unspool { volume, .. }
+            | Effect::Apply { volume, .. }
+            | Effect::Resolve { volume, .. }
+            | Effect::Live { volume, .. }
+            | Effect::Sync { volume } => Some(*volume),
+        }
+    }
+}
+
 /// A volume as the machine knows it.
 pub(super) struct Volume {
     pub(super) name: String,
@@ -149,6 +171,7 @@ pub(super) struct Volume {
     pub(super) locking: Locking,
     /// versions that are kept aside
     conflicts: u64,
+    pub(super) terms: Terms,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -160,16 +183,16 @@ pub(super) enum State {
 
 pub(super) struct Peer {
     pub(super) state: State,
-    opened_at: Instant,
+    pub(super) opened_at: Instant,
     heard_at: Instant,
     /// when something came of what it ships
     pub(super) moved_at: Instant,
-    host: String,
+    pub(super) host: String,
     hello_id: u64,
     /// of a ping whose answer rests
     ping: Option<u64>,
     /// the newest record of its journal when it came
-    pending: Seq,
+    pub(super) pending: Seq,
     pub(super) keeps: bool,
     /// what is kept of it, until it can be told
     met: Option<(Seq, Seq)>,
@@ -205,16 +228,6 @@ impl BreakWait {
     fn is_about(&self, fids: &[Fid]) -> bool {
         fids.iter().any(|fid| self.fids.binary_search(fid).is_ok())
     }
-}
-
-/// For people: one connection.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Client {
-    pub host: String,
-    pub volume: String,
-    pub node: u32,
-    /// batches that wait or are worked on
-    pub batches: usize,
 }
 
 pub struct Server {
@@ -253,7 +266,7 @@ impl Server {
             pongs_at: None,
         }
     }
-    /// Before the first connection. `durable`: the volume's stamp.
+    /// One more volume; its number stays the same for ever. `durable`: its stamp.
     pub fn add_volume(&mut self, name: &str, id: [u8; 16], durable: Stamp) -> VolumeNo {
         self.volumes.push(Volume {
             name: name.to_owned(),
@@ -269,6 +282,7 @@ impl Server {
             unsettled: BTreeMap::new(),
             locking: Locking::default(),
             conflicts: 0,
+            terms: Terms::default(),
         });
         self.volumes.len() - 1
     }
@@ -280,16 +294,6 @@ impl Server {
     /// The next thing to do.
     pub fn poll(&mut self) -> Option<Effect> {
         self.effects.pop_front()
-    }
-    pub fn clients(&self) -> Vec<Client> {
-        let live = self.peers.values().filter(|peer| peer.state == State::Live);
-        live.map(|peer| Client {
-            host: peer.host.clone(),
-            volume: self.volumes[peer.volume].name.clone(),
-            node: peer.node,
-            batches: peer.batches.len(),
-        })
-        .collect()
     }
     /// Whether nothing is under way that a clean stop would wait for.
     pub fn is_idle(&self) -> bool {
@@ -358,6 +362,7 @@ impl Server {
     }
     /// `lease`: until then the client may not know it.
     fn on_gone(&mut self, conn: ConnId, lease: Instant, now: Instant) {
+        self.note_owing(conn);
         let Some(peer) = self.peers.remove(&conn) else { return };
         let no = peer.volume;
         let volume = &mut self.volumes[peer.volume];
@@ -464,26 +469,17 @@ impl Server {
         self.close(conn, Why::BadBatch(what.to_owned()), now);
     }
     fn on_hello(&mut self, conn: ConnId, hello: Hello, now: Instant) {
-        let named = match (&hello.volume[..], &self.volumes[..]) {
-            ("", [_]) => Some(0),
-            (name, all) => all.iter().position(|volume| volume.name == name),
-        };
         let refusal = if hello.version != VERSION {
             let what = format!("this server speaks version {VERSION} of the protocol");
             Some((Code::WrongVersion, format!("{what}, the client version {}", hello.version)))
         } else if self.peers.len() > self.settings.peers_max {
             Some((Code::TooManyClients, format!("{} clients are connected", self.peers.len() - 1)))
-        } else if let Some(no) = named {
-            let foreign = hello.volume_id != [0; 16] && hello.volume_id != self.volumes[no].id;
-            let name = &self.volumes[no].name;
-            foreign.then(|| (Code::ForeignCache, format!("the cache is not of this {name}")))
         } else {
-            let names: Vec<&str> = self.volumes.iter().map(|v| &v.name[..]).take(16).collect();
-            let what = format!("no volume {:?}; there are: {}", hello.volume, names.join(", "));
-            Some((Code::UnknownVolume, what.chars().take(512).collect()))
+            None
         };
-        match (refusal, named, self.peers.get_mut(&conn)) {
-            (None, Some(volume), Some(peer)) => {
+        let found = refusal.map_or_else(|| self.volume_of(&hello), Err);
+        match (found, self.peers.get_mut(&conn)) {
+            (Ok(volume), Some(peer)) => {
                 peer.state = State::Asked;
                 peer.volume = volume;
                 peer.host.clone_from(&hello.host);
@@ -491,8 +487,8 @@ impl Server {
                 peer.has_locks = hello.locks;
                 self.effects.push_back(Effect::Meet { conn, volume, hello });
             }
-            (Some((code, what)), _, _) => self.refuse(conn, code, what, now),
-            _ => {}
+            (Err((code, what)), _) => self.refuse(conn, code, what, now),
+            (Ok(_), None) => {}
         }
     }
     /// The client is `node`; everything up to `acked` of it is kept durably, and up to `seen` in some
@@ -517,9 +513,10 @@ impl Server {
         let Some(peer) = self.peers.get_mut(&conn) else { return };
         let (no, node, id) = (peer.volume, peer.node, peer.hello_id);
         let (pending, has_locks) = (peer.pending, peer.has_locks);
-        let volume = &self.volumes[no];
+        let volume = &mut self.volumes[no];
         let unsettled = volume.unsettled.values().any(|(of, _)| *of == node);
         let Some((acked, seen)) = peer.met.take_if(|_| !unsettled) else { return };
+        volume.terms.forget_owing(node);
         peer.state = State::Live;
         let silent_at = peer.heard_at + self.settings.silence_max;
         (peer.expected, peer.applied) = (acked, acked);
@@ -531,6 +528,7 @@ impl Server {
             stamp: volume.durable,
             volume: volume.name.clone(),
             seen,
+            read_only: volume.terms.read_only,
         };
         let count = volume.conflicts;
         self.answer(conn, id, welcome.into());

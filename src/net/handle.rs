@@ -11,9 +11,12 @@ use serde_json::Value;
 
 use super::conflicts;
 use super::poll::Waker;
+use super::volumes::Ordered;
 use crate::kml::record::Stamp;
 use crate::lento::message::Message;
-use crate::lento::server::Client;
+use crate::lento::server::VolumeNo;
+use crate::lento::serving::{Client, Owing};
+use crate::replica::settings::Settings;
 
 /// For people: how a server is doing.
 #[derive(Clone, Debug, Default)]
@@ -22,8 +25,31 @@ pub struct Report {
     pub volumes: Vec<VolumeReport>,
 }
 
+/// So much room.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Amount {
+    pub bytes: u64,
+    pub files: u64,
+}
+
+/// What is known of a volume's room; `None`: not known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Figures {
+    /// by its files
+    pub used: Option<Amount>,
+    /// promised to clients, and not used yet
+    pub granted: Option<Amount>,
+    /// what it can hold in all
+    pub capacity: Option<Amount>,
+}
+
 #[derive(Clone, Debug)]
 pub struct VolumeReport {
+    pub no: VolumeNo,
+    pub settings: Settings,
+    pub figures: Figures,
+    /// clients with changes that are not here
+    pub owing: Vec<Owing>,
     pub name: String,
     pub dir: PathBuf,
     pub stamp: Stamp,
@@ -41,6 +67,7 @@ pub struct VolumeReport {
 pub(super) struct Shared {
     stop: AtomicBool,
     streams: Mutex<Vec<UnixStream>>,
+    orders: Mutex<Vec<Ordered>>,
     report: Mutex<Report>,
     asks: Mutex<Vec<LocalAsk>>,
 }
@@ -110,6 +137,13 @@ impl Shared {
     }
     pub(super) fn take_asks(&self) -> Vec<LocalAsk> {
         std::mem::take(&mut lock(&self.asks))
+    }
+    pub(super) fn push_order(&self, order: Ordered) {
+        lock(&self.orders).push(order);
+    }
+    /// Orders that came in since the last call.
+    pub(super) fn take_orders(&self) -> Vec<Ordered> {
+        std::mem::take(&mut lock(&self.orders))
     }
     pub(super) fn set_report(&self, report: Report) {
         *lock(&self.report) = report;

@@ -9,3 +9,4 @@ pub mod frame;
 pub mod handle;
 pub mod poll;
 pub mod server;
+pub mod volumes;

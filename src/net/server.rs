@@ -21,6 +21,7 @@ use super::conflicts;
 use super::conn::{Conn, Fault, Incoming, Lane};
 use super::handle::{Handle, LocalAsk, Report, Shared, VolumeReport};
 use super::poll::{Event, Listener, Loop, Stream, Token, Waker};
+use super::volumes::{OrderError, Served, Waiting};
 use crate::kml::record::Stamp;
 use crate::lento::message::{Code, Failed, Message, Resolve};
 use crate::lento::promises::ConnId;
@@ -44,6 +45,8 @@ const TOKEN_CONN: usize = 1;
 pub enum ServerError {
     #[error("{path}: {source}")]
     Volume { path: PathBuf, source: VolumeError },
+    #[error("{path}: {why}")]
+    Order { path: PathBuf, why: OrderError },
     #[error("cannot listen on {addr}: {source}")]
     Listen { addr: SocketAddr, source: io::Error },
     #[error("the event loop: {0}")]
@@ -105,8 +108,10 @@ pub struct Server {
     poll: Loop,
     listener: Option<Listener>,
     accept_at: Option<Instant>,
-    machine: Machine,
-    volumes: Vec<Volume>,
+    pub(super) machine: Machine,
+    pub(super) volumes: Served,
+    /// orders that wait for something
+    pub(super) waiting: Vec<Waiting>,
     conns: BTreeMap<ConnId, Conn>,
     /// connections that may have something to read although no event says so
     readable: BTreeSet<ConnId>,
@@ -115,7 +120,7 @@ pub struct Server {
     last_conn: u32,
     /// decisions that came from this process, and who waits for them
     locals: BTreeMap<ConnId, Sender<Message>>,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     jobs: Sender<(VolumeNo, SyncJob)>,
     synced: Receiver<(VolumeNo, volume::Result<Stamp>)>,
     bytes_in: u64,
@@ -124,7 +129,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Opens the volumes and the port; clients are served by [`Server::run`].
+    /// Opens the port, and then the volumes; clients are served by [`Server::run`].
     ///
     /// # Errors
     /// A volume or the port; what was opened before is closed again.
@@ -133,6 +138,21 @@ impl Server {
         listen: Option<SocketAddr>,
         settings: Settings,
     ) -> Result<Server, ServerError> {
+        let mut server = Server::new(listen, settings)?;
+        for export in exports {
+            let at = |source| ServerError::Volume { path: export.dir.clone(), source };
+            let volume =
+                Volume::open(&export.dir, export.state.as_deref(), &export.name).map_err(at)?;
+            let at = |(why, _)| ServerError::Order { path: export.dir.clone(), why };
+            server.serve(volume).map_err(at)?;
+        }
+        Ok(server)
+    }
+    /// Opens the port; volumes come by [`Server::serve`].
+    ///
+    /// # Errors
+    /// The port, or the loop.
+    pub fn new(listen: Option<SocketAddr>, settings: Settings) -> Result<Server, ServerError> {
         let poll = Loop::new()?;
         let mut listener = None;
         if let Some(addr) = listen {
@@ -140,17 +160,6 @@ impl Server {
             let mut bound = Listener::tcp(addr).map_err(at)?;
             poll.add_listener(&mut bound, TOKEN_LISTENER)?;
             listener = Some(bound);
-        }
-        let mut machine = Machine::new(settings);
-        let mut volumes = Vec::new();
-        for export in exports {
-            let at = |source| ServerError::Volume { path: export.dir.clone(), source };
-            let volume =
-                Volume::open(&export.dir, export.state.as_deref(), &export.name).map_err(at)?;
-            let no = machine.add_volume(volume.name(), volume.id(), volume.stamp());
-            machine.expect_back(no, &volume.live(), Instant::now());
-            machine.on_conflicts(no, volume.conflicts());
-            volumes.push(volume);
         }
         let (jobs, todo) = unbounded();
         let (done, synced) = unbounded();
@@ -162,8 +171,9 @@ impl Server {
             poll,
             listener,
             accept_at: None,
-            machine,
-            volumes,
+            machine: Machine::new(settings),
+            volumes: Served::default(),
+            waiting: Vec::new(),
             conns: BTreeMap::new(),
             readable: BTreeSet::new(),
             dirty: BTreeSet::new(),
@@ -222,7 +232,8 @@ impl Server {
                 break;
             }
             let mut wake_at = self.machine.wake_at();
-            for at in [self.accept_at, stop_by, Some(report_at)].into_iter().flatten() {
+            let orders = self.orders_wake_at();
+            for at in [self.accept_at, stop_by, orders, Some(report_at)].into_iter().flatten() {
                 // without clients nothing changes that a report would say
                 let idle = at == report_at && self.conns.is_empty();
                 if !idle {
@@ -254,15 +265,17 @@ impl Server {
                 log::info!("stopping");
                 stop_by = Some(Instant::now() + STOP_MAX);
             }
-            self.turn(Instant::now());
+            if self.turn(Instant::now()) {
+                report_at = now; // who gave an order wants to see what came of it
+            }
         }
         for conn in self.conns.values_mut() {
             let _ = conn.flush(); // what it does not take now it asks for again
         }
         self.close()
     }
-    /// One round over everything that is ready.
-    fn turn(&mut self, now: Instant) {
+    /// One round over everything that is ready. True if there was an order.
+    fn turn(&mut self, now: Instant) -> bool {
         if self.accept_at.is_some_and(|at| at <= now) {
             self.accept(now);
         }
@@ -278,12 +291,14 @@ impl Server {
         while let Ok((volume, result)) = self.synced.try_recv() {
             let stamp = match result {
                 Ok(stamp) => {
-                    self.volumes[volume].synced();
+                    if let Some(of) = self.volumes.get_mut(volume) {
+                        of.synced();
+                    }
                     crash::point("sync-told");
                     Some(stamp)
                 }
                 Err(e) => {
-                    let name = self.volumes[volume].name();
+                    let name = self.volumes.get_mut(volume).map_or("", |of| of.name());
                     log::error!("{name}: cannot be made durable, takes no more changes: {e}");
                     self.last_error = Some(e.to_string());
                     None
@@ -299,13 +314,15 @@ impl Server {
             self.machine.wake(now);
             self.drain(now);
         }
+        let ordered = self.take_orders(now);
         for conn in std::mem::take(&mut self.dirty) {
             self.flush(conn, now);
         }
+        ordered
     }
     fn close(self) -> Result<(), ServerError> {
         let mut result = Ok(());
-        for volume in self.volumes {
+        for volume in self.volumes.into_volumes() {
             let path = volume.path().to_owned();
             if let Err(source) = volume.close() {
                 result = Err(ServerError::Volume { path, source });
@@ -400,8 +417,8 @@ impl Server {
     }
     /// Somebody in this process has a question about conflicts.
     fn answer_local(&mut self, ask: LocalAsk, now: Instant) {
-        let of_name = |volume: &Volume| volume.name() == ask.volume;
-        let Some(no) = self.volumes.iter().position(of_name) else { return };
+        let of_name = |(_, volume): &(VolumeNo, &Volume)| volume.name() == ask.volume;
+        let Some((no, _)) = self.volumes.iter().find(of_name) else { return };
         match ask.message {
             Message::Resolve(resolve) => {
                 self.last_conn += 1;
@@ -436,15 +453,20 @@ impl Server {
     }
 
     /// Carries out what the machine wants, until it wants nothing more.
-    fn drain(&mut self, now: Instant) {
+    pub(super) fn drain(&mut self, now: Instant) {
         while let Some(effect) = self.machine.poll() {
+            if effect.volume().is_some_and(|no| self.volumes.is_hole(no)) {
+                continue;
+            }
             match effect {
                 Effect::Send { conn, background, id, answer, message } => {
                     self.send(conn, background, (id, answer), &message, now);
                 }
                 Effect::Close { conn, why } => {
                     match why {
-                        Why::Replaced => log::info!("connection {}: {why}", conn.0),
+                        Why::Replaced | Why::Removed | Why::Changed => {
+                            log::info!("connection {}: {why}", conn.0)
+                        }
                         _ => log::warn!("connection {} is closed: {why}", conn.0),
                     }
                     if let Some(to) = self.conns.get_mut(&conn) {
@@ -534,7 +556,11 @@ impl Server {
             bytes_in += conn.bytes_in();
             bytes_out += conn.bytes_out();
         }
-        let volume = |volume: &Volume| VolumeReport {
+        let volume = |(no, volume): (VolumeNo, &Volume)| VolumeReport {
+            no,
+            settings: volume.settings(),
+            figures: self.figures(no),
+            owing: self.machine.owing(no),
             name: volume.name().to_owned(),
             dir: volume.path().to_owned(),
             stamp: volume.stamp(),

@@ -52,6 +52,7 @@ impl Filter {
             return Err(miss);
         }
         if writer {
+            self.changeable()?;
             self.permitted([fid].into_iter())?;
         }
         self.cache.note_used(fid);
@@ -229,6 +230,9 @@ impl Filter {
 
     /// In strict mode each access needs its right, not only the opening of the file.
     fn admit(&self, open: &Open, mode: Mode) -> Result<()> {
+        if mode == Mode::Write {
+            self.changeable()?;
+        }
         match mode {
             _ if !self.strict => Ok(()),
             Mode::Write => self.permitted([open.fid].into_iter()),

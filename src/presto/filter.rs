@@ -226,6 +226,15 @@ impl Filter {
         self.rights.mode(fid) >= mode || !self.cache.is_online()
     }
 
+    /// `EROFS` where the server takes no change: nothing is journaled that it would refuse. What
+    /// is done already is.
+    pub fn changeable(&self) -> Result<()> {
+        match self.cache.is_read_only() && !DONE.get() {
+            true => Err(Errno::ROFS.into()),
+            false => Ok(()),
+        }
+    }
+
     /// Stops with a miss where one of the objects may not be changed. Under their locks: a recall
     /// waits for who has passed this.
     pub fn permitted(&self, fids: impl Iterator<Item = Fid>) -> Result<()> {
@@ -344,6 +353,7 @@ impl Filter {
         let time_ns = now_ns();
         let origin = Origin::default();
         let record = Record { time_ns, origin, uid: by.uid, gid: by.gid, path, op };
+        self.changeable()?;
         self.permitted(rights::needs(&record.op))?;
         // As of now: a recall that comes meanwhile leaves what is made here to us.
         let made = rights::made(&record.op);

@@ -25,6 +25,7 @@ impl Filter {
         mode: u32,
         writer: bool,
     ) -> Result<(Found, Arc<Open>)> {
+        self.changeable()?;
         let dir = self.dir_here(parent)?;
         let meta = self.new_meta()?;
         let fd = as_caller(by, || fs::open(&*dir, b".", o::RDWR | o::TMPFILE, mode))?;

@@ -127,6 +127,8 @@ pub struct Cache {
     /// data that were evicted since the start, bytes
     evicted_len: AtomicU64,
     online: AtomicBool,
+    /// the server takes no change of the volume
+    read_only: AtomicBool,
     epoch: AtomicU32,
     /// data that the tree holds, bytes, about
     held_len: AtomicU64,
@@ -159,6 +161,7 @@ impl Cache {
         let pins = Pins::open(state.dir());
         let (epoch, held_len) = (state.facts().epoch, log.cursor(HELD_LEN));
         let durable = log.cursor(TREE);
+        let read_only = state.facts().settings.read_only;
         Ok(Cache {
             tree,
             log,
@@ -177,6 +180,7 @@ impl Cache {
             watched: Mutex::default(),
             wanted: Mutex::default(),
             online: AtomicBool::new(false),
+            read_only: AtomicBool::new(read_only),
             epoch: AtomicU32::new(epoch),
             held_len: AtomicU64::new(held_len),
             durable: AtomicU64::new(durable),
@@ -310,6 +314,13 @@ impl Cache {
 
     pub fn is_online(&self) -> bool {
         self.online.load(Ordering::Acquire)
+    }
+    /// Whether the server said, when it was last there, that the volume may not be changed.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Acquire)
+    }
+    pub fn set_read_only(&self, read_only: bool) {
+        self.read_only.store(read_only, Ordering::Release);
     }
     pub fn set_online(&self, online: bool) {
         self.online.store(online, Ordering::Release);

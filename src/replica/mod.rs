@@ -30,6 +30,7 @@ mod live;
 mod nodes;
 mod redo;
 pub mod resolve;
+pub mod settings;
 mod spool;
 pub mod volume;
 

@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::settings::Settings;
 use crate::kml::record::Fid;
 use crate::sys::{self, boot, crash};
 
@@ -52,6 +53,9 @@ pub struct Facts {
     /// one, and the stop was not clean, power may have been lost
     #[serde(default)]
     pub boot_id: String,
+    /// what people decided about the volume; at a client, what the server said of it
+    #[serde(default, skip_serializing_if = "Settings::is_default")]
+    pub settings: Settings,
 }
 
 /// The state could not be kept.
@@ -234,6 +238,7 @@ impl Facts {
             epoch: 1,
             clean: true,
             boot_id: boot::id(),
+            settings: Settings::default(),
         }
     }
 

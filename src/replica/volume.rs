@@ -23,6 +23,7 @@ use super::live::Live;
 use super::meta::Meta;
 use super::nodes::Nodes;
 use super::ops::attr_of;
+use super::settings::name_at_start;
 use super::spool::Spool;
 use super::state::{Facts, State, StateError, random};
 use super::tree::{Dir, OWN_NAME, Tree, TreeError, is_own};
@@ -227,6 +228,7 @@ impl Volume {
             fs::utimes_fd(&root, fs::SetTime::Keep, keep)?;
         }
         let state = State::open(state_dir, || Facts::new(name, "", random(), 0))?;
+        let name = &name_at_start(&state, name)?[..];
         let facts = state.facts();
         state.edit(|facts| facts.clean = false)?;
         let tree = Tree::open(dir, &state_dir.join("index.redb"), facts.clean)?;

@@ -176,6 +176,7 @@ fn hello_is_answered_by_welcome() {
         stamp: Stamp(100),
         volume: "v".into(),
         seen: Seq(3),
+        read_only: false,
     };
     let message = want.into();
     let want = Effect::Send { conn: A, background: false, id: 5, answer: true, message };

@@ -12,7 +12,7 @@ use crate::cli::options::Source;
 use crate::kml::record::{ROOT, Seq};
 use crate::lento::client::Unmet;
 use crate::lento::locks::{Denied, LockAsk};
-use crate::lento::message::Space;
+use crate::lento::message::{Code, Space};
 use crate::lento::policy;
 use crate::lento::rights::Mode;
 use crate::modes::{Exit, Failure};
@@ -78,6 +78,7 @@ fn errno(why: Unmet) -> Errno {
     match why {
         Unmet::Unreachable => Errno::HOSTUNREACH,
         Unmet::Gone => Errno::STALE,
+        Unmet::Failed(Code::ReadOnly) => Errno::ROFS,
         Unmet::Failed(_) => Errno::IO,
         Unmet::Local(errno) => Errno::from_raw_os_error(errno),
     }

@@ -328,9 +328,9 @@ impl Driver {
                 self.send(lane, id, answer, &message, now);
             }
             Effect::Resolve { ticket, how } => self.resolve(ticket, how),
-            Effect::Welcomed { node, volume_id, volume } => {
+            Effect::Welcomed { node, volume_id, volume, read_only } => {
                 self.shared.facts().conflicts = 0; // it says at once if there are any
-                self.on_welcomed(node, volume_id, volume);
+                self.on_welcomed((node, volume_id), volume, read_only);
             }
             Effect::Refused { code, what } => self.on_refused(code, what),
             Effect::NotTaken { what } => self.note_error(&what),

@@ -173,14 +173,23 @@ impl Driver {
         self.shared.changed.notify_all();
     }
 
-    pub(super) fn on_welcomed(&mut self, node: u32, volume_id: [u8; 16], volume: String) {
+    pub(super) fn on_welcomed(
+        &mut self,
+        (node, volume_id): (u32, [u8; 16]),
+        volume: String,
+        read_only: bool,
+    ) {
         let facts = self.cache.state.facts();
         let id = u128::from_be_bytes(volume_id);
-        if (facts.node, facts.volume_id()) == (node, id) && facts.volume == volume {
+        // while the server is away, what it last said holds
+        self.cache.set_read_only(read_only);
+        let same = facts.volume == volume && facts.settings.read_only == read_only;
+        if (facts.node, facts.volume_id()) == (node, id) && same {
             return;
         }
         let edited = self.cache.state.edit(|facts| {
             (facts.node, facts.volume) = (node, volume);
+            facts.settings.read_only = read_only;
             facts.volume_id = hex(id);
         });
         if let Err(e) = edited {

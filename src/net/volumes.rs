@@ -1,0 +1,373 @@
+//! The volumes of a running server: added, removed, renamed and changed while it serves.
+//!
+//! Other threads of the process send an [`Order`] by [`Handle::order`] and wait for what came of it,
+//! never longer than [`ORDER_TIME_MAX`]. A volume is opened before it is handed to the loop, and
+//! closed after the loop has given it back, so that others are served meanwhile. A volume's place in
+//! the list is its number for the machine, and never used again: a removed one leaves a hole.
+//! What is ordered is durable in the volume's state before it holds.
+
+use std::ops::{Index, IndexMut};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, bounded};
+
+use super::handle::{Amount, Figures, Handle};
+use super::server::Server;
+use crate::lento::server::VolumeNo;
+use crate::lento::serving::Owing;
+use crate::replica::settings::{Change, USERS_MAX};
+use crate::replica::state::StateError;
+use crate::replica::volume::Volume;
+
+/// Longest wait for clients to hand in what they changed, before a volume is read-only: longer than
+/// the lease of one that was just cut off.
+const FREEZE_MAX: Duration = Duration::from_secs(15);
+/// Longest wait for an order to be carried out.
+const ORDER_TIME_MAX: Duration = Duration::from_secs(20);
+/// Clients that an error names.
+const NAMED_MAX: usize = 8;
+
+/// What is to be done with a volume.
+pub enum Order {
+    /// serve one more
+    Add(Box<Volume>),
+    /// serve it no more; `force`: whoever is connected, or has changes that are not here
+    Remove { name: String, force: bool },
+    /// call it otherwise
+    Rename { name: String, to: String },
+    /// `force`: read-only though clients have changes, or a limit below what is taken
+    Change { name: String, change: Change, force: bool },
+}
+
+/// What came of it.
+pub enum Done {
+    Done,
+    /// to be closed by who gave the order
+    Removed(Box<Volume>),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OrderError {
+    #[error("there is no volume {name}; there are: {}", there.join(", "))]
+    Unknown { name: String, there: Vec<String> },
+    #[error("there is a volume {name} already")]
+    Taken { name: String },
+    #[error("{name}: something is being done with it already; try again when that has ended")]
+    Underway { name: String },
+    #[error("{name} is in use: {}", clients.join(", "))]
+    InUse { name: String, clients: Vec<String> },
+    #[error("{name}: not all changes of its clients are here: {}", clients.join(", "))]
+    Owing { name: String, clients: Vec<String> },
+    #[error("{name}: {taken} {of} are taken or promised already, the limit would be {limit}")]
+    TooSmall { name: String, of: &'static str, taken: u64, limit: u64 },
+    #[error("{name}: at most {USERS_MAX} users can have limits of their own")]
+    TooManyUsers { name: String },
+    #[error("{0}")]
+    State(#[from] StateError),
+    #[error("the server is stopping")]
+    Stopping,
+    #[error("the server did not do it in {} s; it may still", ORDER_TIME_MAX.as_secs())]
+    Late,
+}
+
+type Told = Sender<Result<Done, OrderError>>;
+
+/// An order on its way to the loop.
+pub(super) struct Ordered(Order, Told);
+
+/// What waits for clients, or for the disk.
+pub(super) enum Waiting {
+    /// to become read-only
+    Freeze { no: VolumeNo, change: Change, told: Told },
+    /// for the end of the sync that is under way
+    Leave { no: VolumeNo, told: Told },
+}
+
+impl Handle {
+    /// Has the loop carry out an order.
+    ///
+    /// # Errors
+    /// [`OrderError`]; but for `Late` and `Stopping`, nothing has changed then.
+    pub fn order(&self, order: Order) -> Result<Done, OrderError> {
+        let (told, answer) = bounded(1);
+        self.shared.push_order(Ordered(order, told));
+        self.waker.wake();
+        match answer.recv_timeout(ORDER_TIME_MAX) {
+            Ok(done) => done,
+            Err(e) if e.is_timeout() => Err(OrderError::Late),
+            Err(_) => Err(OrderError::Stopping),
+        }
+    }
+}
+
+/// The volumes by their numbers, with holes.
+#[derive(Default)]
+pub(super) struct Served(Vec<Option<Volume>>);
+
+impl Served {
+    pub(super) fn push(&mut self, volume: Volume) {
+        self.0.push(Some(volume));
+    }
+    pub(super) fn get_mut(&mut self, no: VolumeNo) -> Option<&mut Volume> {
+        self.0.get_mut(no).and_then(Option::as_mut)
+    }
+    pub(super) fn is_hole(&self, no: VolumeNo) -> bool {
+        self.0.get(no).is_none_or(Option::is_none)
+    }
+    pub(super) fn iter(&self) -> impl Iterator<Item = (VolumeNo, &Volume)> {
+        self.0.iter().enumerate().filter_map(|(no, volume)| Some((no, volume.as_ref()?)))
+    }
+    pub(super) fn into_volumes(self) -> impl Iterator<Item = Volume> {
+        self.0.into_iter().flatten()
+    }
+    fn take(&mut self, no: VolumeNo) -> Option<Volume> {
+        self.0.get_mut(no).and_then(Option::take)
+    }
+    fn find(&self, name: &str) -> Result<VolumeNo, OrderError> {
+        let found = self.iter().find(|(_, volume)| volume.name() == name);
+        found.map(|(no, _)| no).ok_or_else(|| OrderError::Unknown {
+            name: name.to_owned(),
+            there: self.iter().map(|(_, volume)| volume.name().to_owned()).collect(),
+        })
+    }
+}
+
+/// For numbers that are no holes: the loop passes over effects for others.
+#[allow(clippy::expect_used)] // a broken invariant
+impl Index<VolumeNo> for Served {
+    type Output = Volume;
+    fn index(&self, no: VolumeNo) -> &Volume {
+        self.0[no].as_ref().expect("no effect is carried out for a hole")
+    }
+}
+
+#[allow(clippy::expect_used)] // a broken invariant
+impl IndexMut<VolumeNo> for Served {
+    fn index_mut(&mut self, no: VolumeNo) -> &mut Volume {
+        self.0[no].as_mut().expect("no effect is carried out for a hole")
+    }
+}
+
+impl Server {
+    /// Serves one more volume.
+    ///
+    /// # Errors
+    /// Another one has its name; it comes back, to be closed.
+    pub fn serve(&mut self, volume: Volume) -> Result<VolumeNo, (OrderError, Box<Volume>)> {
+        if self.volumes.find(volume.name()).is_ok() {
+            let name = volume.name().to_owned();
+            return Err((OrderError::Taken { name }, Box::new(volume)));
+        }
+        let no = self.machine.add_volume(volume.name(), volume.id(), volume.stamp());
+        let settings = volume.settings();
+        self.machine.set_terms(no, settings.read_only, settings.former());
+        self.machine.expect_back(no, &volume.live(), Instant::now());
+        self.machine.on_conflicts(no, volume.conflicts());
+        self.volumes.push(volume);
+        self.limits_changed(no);
+        Ok(no)
+    }
+    /// Called with every volume that comes, and whenever the limits in its settings change.
+    fn limits_changed(&mut self, no: VolumeNo) {
+        log::debug!("{}: {:?}", self.volumes[no].name(), self.volumes[no].settings().quota);
+    }
+    /// What is known of a volume's room.
+    pub(super) fn figures(&self, _no: VolumeNo) -> Figures {
+        Figures::default()
+    }
+
+    /// Carries out what was ordered, and ends what waited.
+    pub(super) fn take_orders(&mut self, now: Instant) -> bool {
+        let orders = self.shared.take_orders();
+        let any = !orders.is_empty() || !self.waiting.is_empty();
+        for Ordered(order, told) in orders {
+            match order {
+                Order::Add(volume) => {
+                    let added = self.serve(*volume).map(|no| self.say_added(no));
+                    let done = added.map_err(|(e, volume)| {
+                        close(*volume);
+                        e
+                    });
+                    tell(&told, done.map(|()| Done::Done));
+                }
+                Order::Rename { name, to } => tell(&told, self.rename(&name, &to)),
+                Order::Change { name, change, force } => {
+                    self.change(&name, change, force, &told, now);
+                }
+                Order::Remove { name, force } => match self.remove(&name, force, now) {
+                    Ok(no) => self.waiting.push(Waiting::Leave { no, told }),
+                    Err(e) => tell(&told, Err(e)),
+                },
+            }
+            self.drain(now);
+        }
+        for waiting in std::mem::take(&mut self.waiting) {
+            if let Some(waiting) = self.look_at(waiting, now) {
+                self.waiting.push(waiting);
+            }
+            self.drain(now);
+        }
+        any
+    }
+    /// When what waits is over at the latest.
+    pub(super) fn orders_wake_at(&self) -> Option<Instant> {
+        let of = |waiting: &Waiting| match waiting {
+            Waiting::Freeze { no, .. } => self.machine.freeze_until(*no),
+            Waiting::Leave { .. } => None, // the syncer wakes the loop
+        };
+        self.waiting.iter().filter_map(of).min()
+    }
+    fn look_at(&mut self, waiting: Waiting, now: Instant) -> Option<Waiting> {
+        match waiting {
+            Waiting::Freeze { no, change, told } => match self.machine.poll_freeze(no, now) {
+                None if self.machine.freeze_until(no).is_some() => {
+                    return Some(Waiting::Freeze { no, change, told });
+                }
+                None => tell(&told, Err(OrderError::Stopping)), // the volume was removed meanwhile
+                Some(Ok(())) => {
+                    let done = self.keep(no, &change);
+                    if done.is_err() {
+                        self.machine.set_read_only(no, false, now);
+                    }
+                    tell(&told, done);
+                }
+                Some(Err(owing)) => {
+                    let name = self.volumes[no].name().to_owned();
+                    let clients = named(owing.iter().map(owing_text));
+                    tell(&told, Err(OrderError::Owing { name, clients }));
+                }
+            },
+            Waiting::Leave { no, told } if self.machine.is_syncing(no) => {
+                return Some(Waiting::Leave { no, told });
+            }
+            Waiting::Leave { no, told } => {
+                let gone = self.volumes.take(no).map(Box::new);
+                tell(&told, gone.map(Done::Removed).ok_or(OrderError::Stopping));
+            }
+        }
+        None
+    }
+
+    fn say_added(&self, no: VolumeNo) {
+        let volume = &self.volumes[no];
+        log::info!("serving {} as /{}", volume.path().display(), volume.name());
+    }
+    fn rename(&mut self, name: &str, to: &str) -> Result<Done, OrderError> {
+        let no = self.volumes.find(name)?;
+        if self.volumes.find(to).is_ok() {
+            return Err(OrderError::Taken { name: to.to_owned() });
+        }
+        self.volumes[no].set_name(to)?;
+        let settings = self.volumes[no].settings();
+        self.machine.rename_volume(no, to, settings.former());
+        Ok(Done::Done)
+    }
+    fn change(&mut self, name: &str, change: Change, force: bool, told: &Told, now: Instant) {
+        let checked = self.check_change(name, &change, force);
+        let (no, before) = match checked {
+            Ok(no) => (no, self.machine.is_read_only(no)),
+            Err(e) => return tell(told, Err(e)),
+        };
+        if change.read_only == Some(true) && !before {
+            self.machine.begin_freeze(no, now + FREEZE_MAX, force, now);
+            let told = told.clone();
+            return self.waiting.push(Waiting::Freeze { no, change, told });
+        }
+        let done = self.keep(no, &change);
+        if done.is_ok() && change.read_only == Some(false) && before {
+            self.machine.set_read_only(no, false, now);
+        }
+        tell(told, done);
+    }
+    fn check_change(
+        &self,
+        name: &str,
+        change: &Change,
+        force: bool,
+    ) -> Result<VolumeNo, OrderError> {
+        let no = self.volumes.find(name)?;
+        let name = || name.to_owned();
+        if self.machine.freeze_until(no).is_some() {
+            return Err(OrderError::Underway { name: name() });
+        }
+        let before = self.volumes[no].settings();
+        let after = change.apply(&before);
+        if after.users.len() > USERS_MAX {
+            return Err(OrderError::TooManyUsers { name: name() });
+        }
+        let Figures { used, granted, .. } = self.figures(no);
+        let (used, granted) = (used.unwrap_or_default(), granted.unwrap_or_default());
+        let (was, is) = (before.quota, after.quota);
+        for (of, was, is, taken) in [
+            ("bytes", was.bytes, is.bytes, used.bytes.saturating_add(granted.bytes)),
+            ("files", was.files, is.files, used.files.saturating_add(granted.files)),
+        ] {
+            let Some(limit) = is.filter(|limit| was != Some(*limit) && *limit < taken) else {
+                continue;
+            };
+            if !force {
+                return Err(OrderError::TooSmall { name: name(), of, taken, limit });
+            }
+        }
+        Ok(no)
+    }
+    /// Durable on return: yes.
+    fn keep(&mut self, no: VolumeNo, change: &Change) -> Result<Done, OrderError> {
+        self.volumes[no].change_settings(change)?;
+        self.limits_changed(no);
+        Ok(Done::Done)
+    }
+    /// Its clients are gone on return.
+    fn remove(&mut self, name: &str, force: bool, now: Instant) -> Result<VolumeNo, OrderError> {
+        let no = self.volumes.find(name)?;
+        let here = self.machine.clients().into_iter().filter(|client| client.volume == no);
+        let here: Vec<String> = here
+            .map(|client| format!("{} (node {}) is connected", client.host, client.node))
+            .collect();
+        let away = self.machine.owing(no).into_iter().filter(|owing| !owing.connected);
+        let clients = here.into_iter().chain(away.map(|owing| owing_text(&owing)));
+        let mut clients: Vec<String> = clients.collect();
+        let granted = self.figures(no).granted.unwrap_or_default();
+        if granted != Amount::default() && clients.is_empty() {
+            clients.push(format!("{} bytes are promised to clients that are away", granted.bytes));
+        }
+        if !force && !clients.is_empty() {
+            let clients = named(clients.into_iter());
+            return Err(OrderError::InUse { name: name.to_owned(), clients });
+        }
+        self.machine.remove_volume(no, now);
+        Ok(no)
+    }
+}
+
+fn owing_text(owing: &Owing) -> String {
+    let Owing { node, host, records, connected } = owing;
+    let away = if *connected { "" } else { ", which is away," };
+    format!("{host} (node {node}){away} has up to {records} changes")
+}
+
+/// The first few of them.
+fn named(mut texts: impl Iterator<Item = String>) -> Vec<String> {
+    let mut some: Vec<String> = texts.by_ref().take(NAMED_MAX).collect();
+    match texts.count() {
+        0 => {}
+        more => some.push(format!("and {more} more")),
+    }
+    some
+}
+
+/// Who ordered it may have given up; a volume that nobody takes is closed here.
+fn tell(told: &Told, done: Result<Done, OrderError>) {
+    if let Err(returned) = told.send(done)
+        && let Ok(Done::Removed(volume)) = returned.into_inner()
+    {
+        close(*volume);
+    }
+}
+
+fn close(volume: Volume) {
+    let name = volume.name().to_owned();
+    if let Err(e) = volume.close() {
+        log::error!("{name}: is not closed cleanly: {e}");
+    }
+}
