@@ -22,8 +22,14 @@ _imz() {
             imz,evict)
                 cmd="imz__subcmd__evict"
                 ;;
+            imz,fsck)
+                cmd="imz__subcmd__fsck"
+                ;;
             imz,help)
                 cmd="imz__subcmd__help"
+                ;;
+            imz,inspect)
+                cmd="imz__subcmd__inspect"
                 ;;
             imz,kml)
                 cmd="imz__subcmd__kml"
@@ -48,6 +54,9 @@ _imz() {
                 ;;
             imz,unpin)
                 cmd="imz__subcmd__unpin"
+                ;;
+            imz,volume)
+                cmd="imz__subcmd__volume"
                 ;;
             imz__subcmd__conflicts,diff)
                 cmd="imz__subcmd__conflicts__subcmd__diff"
@@ -85,8 +94,14 @@ _imz() {
             imz__subcmd__help,evict)
                 cmd="imz__subcmd__help__subcmd__evict"
                 ;;
+            imz__subcmd__help,fsck)
+                cmd="imz__subcmd__help__subcmd__fsck"
+                ;;
             imz__subcmd__help,help)
                 cmd="imz__subcmd__help__subcmd__help"
+                ;;
+            imz__subcmd__help,inspect)
+                cmd="imz__subcmd__help__subcmd__inspect"
                 ;;
             imz__subcmd__help,kml)
                 cmd="imz__subcmd__help__subcmd__kml"
@@ -112,6 +127,9 @@ _imz() {
             imz__subcmd__help,unpin)
                 cmd="imz__subcmd__help__subcmd__unpin"
                 ;;
+            imz__subcmd__help,volume)
+                cmd="imz__subcmd__help__subcmd__volume"
+                ;;
             imz__subcmd__help__subcmd__conflicts,diff)
                 cmd="imz__subcmd__help__subcmd__conflicts__subcmd__diff"
                 ;;
@@ -127,6 +145,21 @@ _imz() {
             imz__subcmd__help__subcmd__kml,dump)
                 cmd="imz__subcmd__help__subcmd__kml__subcmd__dump"
                 ;;
+            imz__subcmd__help__subcmd__volume,create)
+                cmd="imz__subcmd__help__subcmd__volume__subcmd__create"
+                ;;
+            imz__subcmd__help__subcmd__volume,list)
+                cmd="imz__subcmd__help__subcmd__volume__subcmd__list"
+                ;;
+            imz__subcmd__help__subcmd__volume,remove)
+                cmd="imz__subcmd__help__subcmd__volume__subcmd__remove"
+                ;;
+            imz__subcmd__help__subcmd__volume,rename)
+                cmd="imz__subcmd__help__subcmd__volume__subcmd__rename"
+                ;;
+            imz__subcmd__help__subcmd__volume,set)
+                cmd="imz__subcmd__help__subcmd__volume__subcmd__set"
+                ;;
             imz__subcmd__kml,dump)
                 cmd="imz__subcmd__kml__subcmd__dump"
                 ;;
@@ -139,6 +172,42 @@ _imz() {
             imz__subcmd__kml__subcmd__help,help)
                 cmd="imz__subcmd__kml__subcmd__help__subcmd__help"
                 ;;
+            imz__subcmd__volume,create)
+                cmd="imz__subcmd__volume__subcmd__create"
+                ;;
+            imz__subcmd__volume,help)
+                cmd="imz__subcmd__volume__subcmd__help"
+                ;;
+            imz__subcmd__volume,list)
+                cmd="imz__subcmd__volume__subcmd__list"
+                ;;
+            imz__subcmd__volume,remove)
+                cmd="imz__subcmd__volume__subcmd__remove"
+                ;;
+            imz__subcmd__volume,rename)
+                cmd="imz__subcmd__volume__subcmd__rename"
+                ;;
+            imz__subcmd__volume,set)
+                cmd="imz__subcmd__volume__subcmd__set"
+                ;;
+            imz__subcmd__volume__subcmd__help,create)
+                cmd="imz__subcmd__volume__subcmd__help__subcmd__create"
+                ;;
+            imz__subcmd__volume__subcmd__help,help)
+                cmd="imz__subcmd__volume__subcmd__help__subcmd__help"
+                ;;
+            imz__subcmd__volume__subcmd__help,list)
+                cmd="imz__subcmd__volume__subcmd__help__subcmd__list"
+                ;;
+            imz__subcmd__volume__subcmd__help,remove)
+                cmd="imz__subcmd__volume__subcmd__help__subcmd__remove"
+                ;;
+            imz__subcmd__volume__subcmd__help,rename)
+                cmd="imz__subcmd__volume__subcmd__help__subcmd__rename"
+                ;;
+            imz__subcmd__volume__subcmd__help,set)
+                cmd="imz__subcmd__volume__subcmd__help__subcmd__set"
+                ;;
             *)
                 ;;
         esac
@@ -146,7 +215,7 @@ _imz() {
 
     case "${cmd}" in
         imz)
-            opts="-v -h -V --verbose --help --version serve mount umount sync status pin unpin evict conflicts kml help"
+            opts="-v -h -V --verbose --help --version serve mount umount sync status pin unpin evict conflicts kml inspect fsck volume help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -331,8 +400,26 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__fsck)
+            opts="-v -h -V --state --repair --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --state)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__help)
-            opts="serve mount umount sync status pin unpin evict conflicts kml help"
+            opts="serve mount umount sync status pin unpin evict conflicts kml inspect fsck volume help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -429,7 +516,35 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__help__subcmd__fsck)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__help__subcmd__help)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__inspect)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -569,6 +684,104 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__help__subcmd__volume)
+            opts="create list set rename remove"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__volume__subcmd__create)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__volume__subcmd__list)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__volume__subcmd__remove)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__volume__subcmd__rename)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__volume__subcmd__set)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__inspect)
+            opts="-v -h -V --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__kml)
             opts="-v -h -V --verbose --help --version dump help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -692,7 +905,7 @@ _imz() {
             return 0
             ;;
         imz__subcmd__serve)
-            opts="-v -h -V --listen --state --verbose --help --version"
+            opts="-v -h -V --listen --state --config --check-config --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -703,6 +916,14 @@ _imz() {
                     return 0
                     ;;
                 --state)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --check-config)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -770,6 +991,240 @@ _imz() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume)
+            opts="-v -h -V --server --verbose --help --version create list set rename remove help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --server)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__create)
+            opts="-v -h -V --quota --quota-files --user-quota --read-only --server --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --quota)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --quota-files)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --user-quota)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --server)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__help)
+            opts="create list set rename remove help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__help__subcmd__create)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__help__subcmd__help)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__help__subcmd__list)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__help__subcmd__remove)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__help__subcmd__rename)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__help__subcmd__set)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__list)
+            opts="-v -h -V --users --json --server --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --server)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__remove)
+            opts="-v -h -V --force --server --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --server)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__rename)
+            opts="-v -h -V --server --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --server)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__volume__subcmd__set)
+            opts="-v -h -V --quota --quota-files --user-quota --mode --force --server --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --quota)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --quota-files)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --user-quota)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --mode)
+                    COMPREPLY=($(compgen -W "rw ro" -- "${cur}"))
+                    return 0
+                    ;;
+                --server)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;

@@ -10,6 +10,7 @@
 //! Source: ripgrep and fd, whose help, man pages and completions are one text.
 
 pub mod options;
+pub mod volume;
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -20,6 +21,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use options::{Export, MountOption, MountOptions, Point, Source};
+use volume::VolumeArgs;
 
 /// The exit codes, as the help and the man pages give them; src/modes/mod.rs maps to them.
 pub const EXIT_CODES: &str = "\
@@ -68,6 +70,7 @@ pub enum Command {
     Kml(KmlArgs),
     Inspect(InspectArgs),
     Fsck(FsckArgs),
+    Volume(VolumeArgs),
 }
 
 impl Command {
@@ -86,6 +89,7 @@ impl Command {
             Command::Kml(_) => "kml",
             Command::Inspect(_) => "inspect",
             Command::Fsck(_) => "fsck",
+            Command::Volume(_) => "volume",
         }
     }
 }
@@ -105,9 +109,33 @@ Examples:
       imz serve /srv/projects
   Serve two volumes, with their state on another disk:
       imz serve src=/srv/src doc=/srv/doc --state /var/lib/imz-server
+  Serve what a file says, after a look at it:
+      imz serve --check-config /etc/imz.toml && imz serve --config /etc/imz.toml
   Use it from another machine, through ssh:
       ssh -N -L 7070:127.0.0.1:7070 fileserver &
       imz mount localhost:/projects /mnt/projects
+
+Configuration file (TOML):
+  # Where clients come in; as --listen, which wins over it. The default:
+  listen = \"127.0.0.1:7070\"
+  # Where imz keeps its own state: each volume in a directory of its name below this one.
+  # Without it .imz in the served directory. As --state, which wins over it.
+  state = \"/var/lib/imz-server\"
+
+  [[volume]]                  # one for each volume; none is fine, imz volume create adds them
+  name = \"photos\"             # what clients call it: HOST:/photos
+  dir = \"/srv/photos\"         # the whole path of an existing directory
+  quota = \"200G\"              # all of its files together; without it the disk is the limit
+  quota_files = 1000000       # how many files, directories and links
+  mode = \"rw\"                 # or \"ro\": clients may read it and not change it
+  # state = \"/fast/photos\"    # its state alone, whatever it is called
+
+  [volume.user_quota]         # of the volume above: what a user's files may hold, by user id
+  1000 = \"20G\"
+
+  The file is the truth for all that it can say: a volume without quota has none, whatever it had
+  before. imz volume changes the running server and this file, and leaves its comments alone.
+  Unknown keys are errors.
 
 See imz(1) for the exit codes.")]
 pub struct ServeArgs {
@@ -116,23 +144,31 @@ pub struct ServeArgs {
     /// A plain DIR becomes a volume named after the directory's last component. When there is just
     /// one volume, clients may leave its name out (HOST:/). A directory with an equals sign in its
     /// name is written with a slash before it: ./a=b.
-    #[arg(required = true, value_name = "[NAME=]DIR")]
+    #[arg(required_unless_present_any = ["config", "check_config"], value_name = "[NAME=]DIR")]
     #[arg(value_parser = OsStringValueParser::new().try_map(|text| Export::parse(&text)))]
     pub exports: Vec<Export>,
     /// The address and port to listen on
     ///
     /// Loopback only: this version has no keys yet, so whoever reaches the port may read and write
     /// everything. Reach it from other machines through ssh -L. IPv6 addresses stand in brackets.
-    /// Port 0 takes a free one and says which.
-    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:7070")]
+    /// Port 0 takes a free one and says which. By default 127.0.0.1:7070.
+    #[arg(long, value_name = "ADDR:PORT")]
     #[arg(value_parser = options::listen)]
-    pub listen: SocketAddr,
+    pub listen: Option<SocketAddr>,
     /// Where imz keeps its own state of the volume: journal, index, lock
     ///
     /// By default .imz in the served directory, which clients do not see. With several volumes each
     /// has a directory of its name below DIR.
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
+    /// Read what to serve, and how, from a file; see below
+    #[arg(long, value_name = "FILE", conflicts_with = "exports")]
+    pub config: Option<PathBuf>,
+    /// Say every error in such a file, by its line, and serve nothing
+    ///
+    /// The exit code is 0 when there is none, and 2 otherwise.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["exports", "config", "listen", "state"])]
+    pub check_config: Option<PathBuf>,
 }
 
 /// Mount a volume, or put a write-back cache before a directory
@@ -367,7 +403,7 @@ pub struct SyncArgs {
 ///
 /// Asks the process behind the mount over its control socket, and never touches the mount itself,
 /// so it answers within 2 s even if the mount hangs. Without MOUNTPOINT it lists every mount and
-/// server of this user.
+/// served directory of this user; of a served directory it names the clients.
 #[derive(Args, Debug)]
 #[command(after_long_help = "\
 Keys of --json:
@@ -399,6 +435,10 @@ Keys of --json:
   passthrough                      whether data goes past the daemon
   pid, version                     of the process
   last_error                       the last trouble, or null
+  clients, client_count            of a served directory: its clients, at most 64 of them, each with
+                                   host, node, connected, since, pending_records, permit and
+                                   permits_apart; null of a mount. Those that are away are named if
+                                   they are known to have changes that are not here
 All sizes are bytes. A mount that does not answer has just mount and error.
 
 See imz(1) for the exit codes.")]

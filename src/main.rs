@@ -60,6 +60,7 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::Unpin(args) => modes::unpin::run(args),
         Command::Evict(args) => modes::evict::run(args),
         Command::Conflicts(args) => modes::conflicts::run(args),
+        Command::Volume(args) => modes::volume::run(args),
         Command::Kml(args) => match &args.command {
             KmlCommand::Dump(args) => modes::kml::run(args),
         },

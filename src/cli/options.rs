@@ -12,6 +12,8 @@ use std::time::{Duration, SystemTime};
 
 /// The port of a server that names none.
 pub const PORT: u16 = 7070;
+/// Where a server listens that is not told.
+pub const LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PORT);
 /// Longest name of a volume, bytes.
 pub const VOLUME_LEN_MAX: usize = 255;
 /// Longest duration that an option takes.
@@ -122,6 +124,56 @@ fn check_volume(name: &str) -> Result<(), BadValue> {
         return bad(format!("{name:?} cannot be the name of a volume"));
     }
     Ok(())
+}
+
+/// A volume's new name.
+///
+/// # Errors
+/// No volume can have it.
+pub fn volume_name(text: &str) -> Result<String, BadValue> {
+    check_volume(text).map(|()| text.to_owned())
+}
+
+/// A limit, or `none`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Bound(pub Option<u64>);
+
+impl Bound {
+    /// # Errors
+    /// Neither a size nor `none`.
+    pub fn size(text: &str) -> Result<Bound, BadValue> {
+        match text {
+            "none" => Ok(Bound(None)),
+            _ => size(text).map(|bytes| Bound(Some(bytes))),
+        }
+    }
+    /// # Errors
+    /// Neither a number nor `none`.
+    pub fn count(text: &str) -> Result<Bound, BadValue> {
+        match (text, text.parse()) {
+            ("none", _) => Ok(Bound(None)),
+            (_, Ok(count)) if count <= i64::MAX as u64 => Ok(Bound(Some(count))),
+            _ => bad("write a number, or none"),
+        }
+    }
+}
+
+/// A user's limit, `UID=SIZE` or `UID=none`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct UserBound {
+    pub uid: u32,
+    pub bound: Bound,
+}
+
+impl UserBound {
+    /// # Errors
+    /// Any other text.
+    pub fn parse(text: &str) -> Result<UserBound, BadValue> {
+        match text.split_once('=').map(|(uid, size)| (uid.parse(), size)) {
+            Some((Ok(uid), size)) => Ok(UserBound { uid, bound: Bound::size(size)? }),
+            _ => bad("write UID=SIZE with the user's number, as in 1000=20G, or UID=none"),
+        }
+    }
 }
 
 /// A directory to serve, `[NAME=]DIR`; without a name the directory's last component is the name.

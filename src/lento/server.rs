@@ -477,7 +477,7 @@ impl Server {
         } else {
             None
         };
-        let found = refusal.map_or_else(|| self.volume_of(&hello), Err);
+        let found = refusal.map_or_else(|| self.meant_by(&hello), Err);
         match (found, self.peers.get_mut(&conn)) {
             (Ok(volume), Some(peer)) => {
                 peer.state = State::Asked;

@@ -20,7 +20,7 @@ use super::message::{Code, Hello};
 use super::permits::Permits;
 use super::promises::{ConnId, Promises};
 use super::reint::{Batch, Parked};
-use super::rights::Mode;
+use super::rights::{Mode, Rights};
 use super::server::{Server, State, VolumeNo, Why};
 use crate::kml::record::Seq;
 
@@ -48,12 +48,12 @@ struct Freezing {
     let_go: bool,
 }
 
-/// A client with changes that the server knows of, and does not have.
+/// A client with changes that the server does not have, or that may have some.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Owing {
     pub node: u32,
     pub host: String,
-    /// records, at most
+    /// records, at most; 0: how many is not known, for it was cut off while it could change things
     pub records: u64,
     pub connected: bool,
 }
@@ -85,7 +85,7 @@ impl Terms {
 impl Server {
     /// Which volume a client means: the one of that name, or the one that its cache is of, and that
     /// had the name once.
-    pub(super) fn volume_of(&self, hello: &Hello) -> Result<VolumeNo, (Code, String)> {
+    pub(super) fn meant_by(&self, hello: &Hello) -> Result<VolumeNo, (Code, String)> {
         let served = || self.volumes.iter().enumerate().filter(|(_, of)| !of.terms.removed);
         let only = served().count() == 1;
         let is_named = |name: &str| name == hello.volume || (hello.volume.is_empty() && only);
@@ -218,11 +218,16 @@ impl Server {
         let newest: Seq = peer.pending.max(peer.expected);
         newest.0.saturating_sub(peer.applied.0)
     }
-    /// A connection ends: what its client still has is remembered.
+    /// A connection ends: what its client still has, or may have, is remembered. Who says farewell
+    /// has no right left, and has shipped what he had.
     pub(super) fn note_owing(&mut self, conn: ConnId) {
         let records = self.pending_of(conn);
-        let Some(peer) = self.peers.get(&conn).filter(|_| records > 0) else { return };
+        let Some(peer) = self.peers.get(&conn) else { return };
         let (node, host, no) = (peer.node, peer.host.clone(), peer.volume);
+        let rights = self.volumes[no].permits.rights(conn);
+        if records == 0 && !rights.is_some_and(Rights::any_write) {
+            return;
+        }
         let owing = &mut self.volumes[no].terms.owing;
         if owing.len() < OWING_MAX {
             owing.insert(node, Owing { node, host, records, connected: false });
@@ -242,7 +247,8 @@ impl Server {
     /// Who is connected.
     pub fn clients(&self) -> Vec<Client> {
         // node 0 is the server's own process
-        let live = self.peers.iter().filter(|(_, peer)| peer.state == State::Live && peer.node != 0);
+        let live =
+            self.peers.iter().filter(|(_, peer)| peer.state == State::Live && peer.node != 0);
         live.map(|(conn, peer)| {
             let (mode, apart) = self.held(peer.volume, *conn);
             Client {

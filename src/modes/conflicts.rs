@@ -50,7 +50,7 @@ fn ask_at(path: &Path) -> anyhow::Result<Place> {
 
 fn ask(place: &Place, ask: Ask) -> anyhow::Result<Value> {
     let answer = match control::conflicts(&place.socket, ask) {
-        Err(ControlError::Refused { error }) => fail(Exit::Refused, error),
+        Err(ControlError::Refused { error, .. }) => fail(Exit::Refused, error),
         Err(e) => Err(place::unanswered(e)),
         Ok(answer) => Ok(answer),
     };

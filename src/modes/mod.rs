@@ -19,6 +19,7 @@ pub mod status;
 pub mod sync;
 pub mod umount;
 pub mod unpin;
+pub mod volume;
 
 use std::fmt;
 use std::io::{self, Write};

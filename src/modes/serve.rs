@@ -1,77 +1,148 @@
 //! `imz serve`: volumes, a port, and the signals that end it.
 
+mod config;
+mod orders;
+
+use std::net;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
 use super::explain::explain;
 use super::{Exit, Failure, fail};
-use crate::cli::ServeArgs;
+use crate::cli::{ServeArgs, options};
 use crate::lento::server::Settings;
-use crate::net::conflicts::Ask;
-use crate::net::control::{self, Answer, Status};
-use crate::net::handle::Handle;
-use crate::net::server::{Export, Server, state_of};
-use crate::sys::{self, clock};
+use crate::net::server::{Server, ServerError, state_of};
+use crate::replica::settings::Change;
+use crate::replica::state::FILE as STATE;
+use crate::replica::volume::Volume;
+use crate::sys;
+use config::{Config, ConfigFile, Fault};
+use orders::Orders;
 
 /// # Errors
 /// With the exit codes that `imz --help` lists; nothing is left half made.
 pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
-    let exports = exports(args)?;
-    sys::limit::raise_files();
-    let server = Server::open(&exports, Some(args.listen), Settings::default());
-    let mut server = server.map_err(explain)?;
-    server.take_signals().context("cannot take over SIGTERM and SIGINT")?;
-    let addr = server.addr().map_or_else(|| args.listen.to_string(), |addr| addr.to_string());
-    let since = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
-    let mut controls = Vec::new();
-    for export in &exports {
-        let told = Told {
-            handle: server.handle(),
-            server: addr.clone(),
-            since: since.clone(),
-            began: clock::now_ns(),
-            export: export.clone(),
-        };
-        match control::serve(&control::socket_path(&export.dir), Arc::new(told)) {
-            Ok(control) => controls.push(control),
-            // it serves all the same; only `imz status` does not see it
-            Err(e) => log::warn!("{}: no control socket: {e}", export.dir.display()),
-        }
+    if let Some(path) = &args.check_config {
+        let (_, text) = ConfigFile::open(path)?;
+        let faults = config::parse(&text).map(|config| config::check_dirs(&config));
+        return faulty(path, &faults.unwrap_or_else(|faults| faults));
     }
-    for Export { name, dir, .. } in &exports {
+    let (plan, file) = match &args.config {
+        None => (plan_of(args)?, None),
+        Some(path) => {
+            let (file, text) = ConfigFile::open(path)?;
+            let config = config::parse(&text);
+            let config =
+                config.or_else(|faults| faulty(path, &faults).map(|()| Config::default()))?;
+            (plan_in(config, args)?, Some(file))
+        }
+    };
+    sys::limit::raise_files();
+    let mut server = Server::new(Some(plan.listen), Settings::default()).map_err(explain)?;
+    for Serving { name, dir, state, settings } in &plan.volumes {
+        let volume = open_volume(dir, state.as_deref(), name, settings.as_ref())?;
+        let twice = |(why, _)| explain(ServerError::Order { path: dir.clone(), why });
+        server.serve(volume).map_err(twice)?;
+    }
+    server.take_signals().context("cannot take over SIGTERM and SIGINT")?;
+    let addr = server.addr().unwrap_or(plan.listen).to_string();
+    if let Some(file) = &file {
+        log::info!("{} says what is served", file.path().display());
+    }
+    if plan.volumes.is_empty() {
+        eprintln!("imz: serving no volume yet on {addr}");
+    }
+    for (name, dir) in server.served() {
         eprintln!("imz: serving {} as /{name} on {addr}", dir.display());
     }
+    let orders = Orders::new((server.handle(), addr), plan.state, file);
+    let places = plan.volumes.into_iter().map(|it| (it.dir, it.state));
+    orders.open(&places.collect::<Vec<_>>());
     notify(b"READY=1");
     let result = server.run().map_err(explain);
     notify(b"STOPPING=1");
-    drop(controls);
+    orders.close();
     result
 }
 
-/// The directories by their real paths, with the names of their volumes.
-fn exports(args: &ServeArgs) -> anyhow::Result<Vec<Export>> {
-    let mut exports: Vec<Export> = Vec::new();
+/// What is to be served, wherever that was said.
+struct Plan {
+    listen: net::SocketAddr,
+    /// volumes that are created later have their state in a directory of their name below it
+    state: Option<PathBuf>,
+    volumes: Vec<Serving>,
+}
+
+struct Serving {
+    name: String,
+    dir: PathBuf,
+    state: Option<PathBuf>,
+    /// all of them, where a file says so
+    settings: Option<Change>,
+}
+
+/// Opens a volume; `settings` are all that it has from then on.
+fn open_volume(
+    dir: &Path,
+    state: Option<&Path>,
+    name: &str,
+    settings: Option<&Change>,
+) -> anyhow::Result<Volume> {
+    let at = |source| explain(ServerError::Volume { path: dir.to_owned(), source });
+    let mut volume = Volume::open(dir, state, name).map_err(at)?;
+    if let Some(settings) = settings {
+        volume.set_settings(settings).map_err(|e| at(e.into()))?;
+        if volume.name() != name {
+            volume.set_name(name).map_err(|e| at(e.into()))?; // a file tells its name, too
+        }
+    }
+    Ok(volume)
+}
+
+/// `Err` of all faults of a file, if it has any.
+fn faulty(path: &Path, faults: &[Fault]) -> anyhow::Result<()> {
+    if faults.is_empty() {
+        return Ok(());
+    }
+    let lines = faults.iter().map(|fault| format!("\n  {fault}"));
+    fail(Exit::Usage, format!("{}:{}", path.display(), lines.collect::<String>()))
+}
+
+/// As a file says; what the command line says as well holds.
+fn plan_in(config: Config, args: &ServeArgs) -> anyhow::Result<Plan> {
+    let state = args.state.clone().or(config.state);
+    let mut volumes = Vec::new();
+    for volume in config.volumes {
+        let own = || state.as_deref().map(|state| state_of(state, &volume.name, false));
+        let state = volume.state.clone().or_else(own);
+        let settings = Some(Change::to(volume.quota, volume.read_only, &volume.users));
+        let dir = real_dir(&volume.dir).with_context(|| format!("line {}", volume.line))?;
+        volumes.push(Serving { name: volume.name, dir, state, settings });
+    }
+    let listen = args.listen.or(config.listen).unwrap_or(options::LISTEN);
+    Ok(Plan { listen, state, volumes })
+}
+
+/// As the command line says: the directories by their real paths, with the names of their volumes.
+fn plan_of(args: &ServeArgs) -> anyhow::Result<Plan> {
+    let mut volumes: Vec<Serving> = Vec::new();
     let is_only = args.exports.len() == 1;
+    if let Some(state) = args.state.as_deref().filter(|it| !is_only && it.join(STATE).exists()) {
+        let what = format!(
+            "{} is the state of one volume alone; of several each needs a directory of its name in \
+             it: move what is there into {0}/NAME",
+            state.display()
+        );
+        return fail(Exit::Refused, what);
+    }
     for export in &args.exports {
-        let dir = match export.dir.canonicalize() {
-            Ok(dir) if dir.is_dir() => dir,
-            Ok(dir) => return fail(Exit::NotFound, format!("{}: not a directory", dir.display())),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                return fail(
-                    Exit::NotFound,
-                    format!("{}: no such directory", export.dir.display()),
-                );
-            }
-            Err(e) => return Err(e).with_context(|| export.dir.display().to_string()),
-        };
+        let dir = real_dir(&export.dir)?;
         let name = export.volume(&dir).map_err(|e| Failure::new(Exit::Usage, e.to_string()))?;
-        if let Some(twin) = exports.iter().find(|twin| twin.name == name) {
+        if let Some(twin) = volumes.iter().find(|twin| twin.name == name) {
             let what = format!(
                 "{} and {} would both be /{name}; write NAME=DIR",
                 twin.dir.display(),
@@ -80,53 +151,21 @@ fn exports(args: &ServeArgs) -> anyhow::Result<Vec<Export>> {
             return fail(Exit::Usage, what);
         }
         let state = args.state.as_deref().map(|state| state_of(state, &name, is_only));
-        exports.push(Export { name, dir, state });
+        volumes.push(Serving { name, dir, state, settings: None });
     }
-    Ok(exports)
+    let listen = args.listen.unwrap_or(options::LISTEN);
+    Ok(Plan { listen, state: args.state.clone(), volumes })
 }
 
-/// Answers on the control socket of one volume.
-struct Told {
-    handle: Handle,
-    server: String,
-    since: String,
-    began: u64,
-    export: Export,
-}
-
-impl Answer for Told {
-    fn status(&self) -> Status {
-        let report = self.handle.report();
-        let volume = report.volumes.iter().find(|volume| volume.name == self.export.name);
-        let own = || self.export.dir.join(".imz");
-        Status {
-            mount: self.export.dir.clone(),
-            server: self.server.clone(),
-            volume: self.export.name.clone(),
-            connected: true,
-            since: self.since.clone(),
-            since_seconds: clock::age_of(self.began).as_secs(),
-            cache: self.export.state.clone().unwrap_or_else(own),
-            conflicts: volume.map_or(0, |volume| volume.conflicts),
-            journal_bytes: volume.map_or(0, |volume| volume.history_len),
-            pid: std::process::id(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            last_error: volume.and_then(|volume| volume.last_error.clone()),
-            ..Status::default()
+/// A directory by its real path.
+fn real_dir(dir: &Path) -> anyhow::Result<PathBuf> {
+    match dir.canonicalize() {
+        Ok(dir) if dir.is_dir() => Ok(dir),
+        Ok(dir) => fail(Exit::NotFound, format!("{}: not a directory", dir.display())),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            fail(Exit::NotFound, format!("{}: no such directory", dir.display()))
         }
-    }
-    // a server has nothing to ship
-    fn ship_now(&self) -> u64 {
-        0
-    }
-    fn acked(&self) -> u64 {
-        0
-    }
-    fn shutdown(&self) {
-        self.handle.stop();
-    }
-    fn conflicts(&self, ask: Ask) -> Result<serde_json::Value, String> {
-        self.handle.conflicts(&self.export.name, ask)
+        Err(e) => Err(e).with_context(|| dir.display().to_string()),
     }
 }
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::{Exit, fail, place, print};
 use crate::cli::StatusArgs;
+use crate::net::control::volumes::ClientStatus;
 use crate::net::control::{self, ControlError, Status};
 use crate::sys;
 
@@ -102,8 +103,71 @@ fn pretty(value: &Value) -> anyhow::Result<String> {
     Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
+/// What a server says of one of its volumes, and of who has it mounted.
+fn render_served(status: &Status, clients: &[ClientStatus]) -> String {
+    let mut text = path_text(&status.mount) + "\n";
+    let mut line = |key: &str, value: String| {
+        let _ = writeln!(text, "  {key:<10}  {value}"); // a String takes everything
+    };
+    line("serves", format!("{} on {}", status.volume, status.server));
+    line("since", format!("{} ({})", status.since, seconds(status.since_seconds)));
+    let journal = HumanBytes(status.journal_bytes);
+    line("journal", format!("{journal}, in {}", path_text(&status.cache)));
+    line("conflicts", conflicts(status.conflicts));
+    let count = clients.len() as u64;
+    if count == 0 {
+        line("clients", "none".to_owned());
+    }
+    let keys = std::iter::once("clients").chain(std::iter::repeat(""));
+    for (client, key) in clients.iter().zip(keys) {
+        line(key, client_text(client));
+    }
+    if status.client_count > count {
+        line("", format!("and {} more", status.client_count - count));
+    }
+    line("process", format!("{}, imz {}", status.pid, status.version));
+    if let Some(error) = &status.last_error {
+        line("last error", error.clone());
+    }
+    text
+}
+
+fn client_text(client: &ClientStatus) -> String {
+    let ClientStatus { host, node, since, .. } = client;
+    let pending = match client.pending_records {
+        0 if client.connected => "nothing pending".to_owned(),
+        0 => "may have changes".to_owned(),
+        n => format!("up to {n} records pending"),
+    };
+    if !client.connected {
+        return format!("{host} (node {node}), away, {pending}");
+    }
+    let may = match &client.permit[..] {
+        "write" => "may change all",
+        "read" => "may read all",
+        _ => "asks",
+    };
+    let but = match client.permits_apart {
+        0 => String::new(),
+        n => format!(", but for {n} objects"),
+    };
+    let age = seconds(client.since_seconds);
+    format!("{host} (node {node}), since {since} ({age}), {pending}, {may}{but}")
+}
+
+fn conflicts(count: u64) -> String {
+    match count {
+        0 => "none".to_owned(),
+        1 => "1 version kept; imz conflicts list shows it".to_owned(),
+        n => format!("{n} versions kept; imz conflicts list shows them"),
+    }
+}
+
 /// A status for people: the mount, then one aligned line a subject.
 fn render(status: &Status) -> String {
+    if let Some(clients) = &status.clients {
+        return render_served(status, clients);
+    }
     let mut text = path_text(&status.mount) + "\n";
     let mut line = |key: &str, value: String| {
         let _ = writeln!(text, "  {key:<10}  {value}"); // a String takes everything
@@ -131,11 +195,7 @@ fn render(status: &Status) -> String {
         line("pinned", format!("{pins} paths, {objects} objects, {bytes}, {missing}"));
     }
     line("journal", HumanBytes(status.journal_bytes).to_string());
-    match status.conflicts {
-        0 => line("conflicts", "none".to_owned()),
-        1 => line("conflicts", "1 version kept; imz conflicts list shows it".to_owned()),
-        n => line("conflicts", format!("{n} versions kept; imz conflicts list shows them")),
-    }
+    line("conflicts", conflicts(status.conflicts));
     if status.saved_records > 0 {
         let (count, bytes) = (status.saved_records, HumanBytes(status.saved_bytes));
         line("saved", format!("{count} records and {bytes} not shipped since the start"));
@@ -274,6 +334,43 @@ mod tests {
         let pinned = Status { pins: 2, pinned_objects: 7, pinned_missing_files: 1, ..sample() };
         let said = render(&pinned);
         assert!(said.contains("pinned      2 paths, 7 objects, 0 B, 1 files not all"), "{said}");
+    }
+
+    #[test]
+    fn a_server_names_its_clients() {
+        let client = |node, connected, pending_records, permit: &str| ClientStatus {
+            host: "laptop".into(),
+            node,
+            connected,
+            since: "2026-11-21T11:02:00Z".into(),
+            since_seconds: 3,
+            pending_records,
+            permit: permit.into(),
+            permits_apart: u64::from(node == 2),
+        };
+        let clients = vec![
+            client(1, true, 0, "write"),
+            client(2, true, 3, "none"),
+            client(3, false, 9, "none"),
+            client(4, false, 0, "none"),
+        ];
+        let served = Status { clients: Some(clients), client_count: 6, ..sample() };
+        let want = "\
+/mnt/x
+  serves      v on h:7070
+  since       2026-11-21T10:00:00Z (1h 2m 3s)
+  journal     0 B, in /var/lib/imz/x
+  conflicts   none
+  clients     laptop (node 1), since 2026-11-21T11:02:00Z (3s), nothing pending, may change all
+              laptop (node 2), since 2026-11-21T11:02:00Z (3s), up to 3 records pending, asks, but for 1 objects
+              laptop (node 3), away, up to 9 records pending
+              laptop (node 4), away, may have changes
+              and 2 more
+  process     7, imz 0.1.0
+";
+        assert_eq!(render(&served), want);
+        let empty = Status { clients: Some(Vec::new()), ..sample() };
+        assert!(render(&empty).contains("  clients     none\n"));
     }
 
     #[test]

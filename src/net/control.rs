@@ -10,13 +10,14 @@
 //!   {"ask":"keep",..}  pins and eviction: see [`keep`]
 //!   {"ask":"inspect","path":HEX}
 //!                      {"pairs":[[NAME,VALUE],...]}: all about the object at a path of the volume
+//!   {"ask":"volume","do":...}      a server's volumes: see [`volumes`]
 //!   anything else      {"error":"..."}
 //!
 //! Invariants: it answers even if all else is stuck, for it has threads of its own and shares
 //! nothing but [`Answer`]. No peer behaviour takes more than [`CONNECTIONS_MAX`] threads, each for
 //! [`LINE_LEN_MAX`] bytes and [`SILENCE_MAX`] between them. Other users than ours and root are not
 //! heard. The client's half never touches the mount, and is back within [`ANSWER_TIME_MAX`]; only
-//! what is asked about conflicts may wait for the server.
+//! what is asked about conflicts and volumes may wait for the server.
 //!
 //! Absent on purpose: the event loop (it may be what hangs), and any change of state beyond the
 //! requests above.
@@ -38,11 +39,14 @@ use super::conflicts;
 use crate::sys::local;
 
 pub mod keep;
+pub mod volumes;
+
+use volumes::{ClientStatus, Said, VolumeAsk};
 
 /// Longest request, bytes.
-pub const LINE_LEN_MAX: u64 = 16384;
+pub const LINE_LEN_MAX: u64 = 64 << 10;
 /// Longest answer that a client reads, bytes.
-pub const ANSWER_LEN_MAX: u64 = 1 << 20;
+pub const ANSWER_LEN_MAX: u64 = 8 << 20;
 /// Most connections at a time; more are closed at once.
 pub const CONNECTIONS_MAX: usize = 16;
 /// Longest silence of a peer on a connection.
@@ -104,6 +108,10 @@ pub struct Status {
     pub pid: u32,
     pub version: String,
     pub last_error: Option<String>,
+    /// of a served volume: its clients, the first [`volumes::CLIENTS_MAX`] of them; null of a mount
+    pub clients: Option<Vec<ClientStatus>>,
+    /// and how many they are
+    pub client_count: u64,
 }
 
 /// Names are bytes, JSON is UTF-8: a path that is not must not silence the whole answer.
@@ -141,6 +149,13 @@ pub trait Answer: Send + Sync {
         let _ = path;
         Err("it knows of no objects".to_owned())
     }
+    /// Does something with a server's volumes. May wait for the loop and the disk, with a bound.
+    ///
+    /// # Errors
+    /// Why nothing has changed.
+    fn volumes(&self, _ask: VolumeAsk) -> Result<Said, Refusal> {
+        Err(Refusal::new("this is a mount; volumes are a matter of the server's"))
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -158,6 +173,7 @@ pub enum Request {
     Inspect {
         path: String,
     },
+    Volume(VolumeAsk),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -170,9 +186,19 @@ struct Position {
     seq: u64,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Refusal {
-    error: String,
+/// Why something is not done.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Refusal {
+    pub error: String,
+    /// the exit code that says so, if one does
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit: Option<u8>,
+}
+
+impl Refusal {
+    pub fn new(error: impl Into<String>) -> Refusal {
+        Refusal { error: error.into(), exit: None }
+    }
 }
 
 /// Where the sockets of this user are: `/run/imz`, `$XDG_RUNTIME_DIR/imz`, or `/tmp/imz-UID`.
@@ -217,8 +243,13 @@ fn path_in(dir: &Path, mount: &Path) -> PathBuf {
     dir.join(format!("%h{hash:016x}.sock"))
 }
 
-/// All control sockets of this user, dead ones included, in the order of their names.
+/// The control sockets of this user's mounts and served directories, dead ones included, in the
+/// order of their names.
 pub fn sockets() -> Vec<PathBuf> {
+    all_sockets().into_iter().filter(|socket| !volumes::is_server(socket)).collect()
+}
+
+fn all_sockets() -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(socket_dir()) else {
         return Vec::new();
     };
@@ -345,7 +376,7 @@ fn talk(stream: &UnixStream, answer: &dyn Answer) -> io::Result<()> {
         }
         let request = match serde_json::from_slice::<Request>(&line) {
             Ok(request) if line.ends_with(b"\n") => request,
-            _ => return reply(stream, &Refusal { error: "no such request".to_owned() }),
+            _ => return reply(stream, &Refusal::new("no such request")),
         };
         match request {
             Request::Status => reply(stream, &answer.status())?,
@@ -353,17 +384,21 @@ fn talk(stream: &UnixStream, answer: &dyn Answer) -> io::Result<()> {
             Request::Acked => reply(stream, &Position { seq: answer.acked() })?,
             Request::Conflicts(ask) => match answer.conflicts(ask) {
                 Ok(told) => reply(stream, &told)?,
-                Err(error) => reply(stream, &Refusal { error })?,
+                Err(error) => reply(stream, &Refusal::new(error))?,
             },
             Request::Keep { wish } => match answer.keep(&wish) {
                 Ok(value) => reply(stream, &value)?,
-                Err(error) => reply(stream, &Refusal { error })?,
+                Err(error) => reply(stream, &Refusal::new(error))?,
+            },
+            Request::Volume(ask) => match answer.volumes(ask) {
+                Ok(said) => reply(stream, &said)?,
+                Err(refusal) => reply(stream, &refusal)?,
             },
             Request::Inspect { path } => {
                 let path = unhex(&path).ok_or_else(|| "not a path".to_owned());
                 match path.and_then(|path| answer.inspect(&path)) {
                     Ok(pairs) => reply(stream, &Inspected { pairs })?,
-                    Err(error) => reply(stream, &Refusal { error })?,
+                    Err(error) => reply(stream, &Refusal::new(error))?,
                 }
             }
             Request::Umount => {
@@ -400,7 +435,7 @@ pub enum ControlError {
     #[error("its process takes no more questions: it hangs or is stopped")]
     Full,
     #[error("its process says: {error}")]
-    Refused { error: String },
+    Refused { error: String, exit: Option<u8> },
     #[error("the answer of its process makes no sense; is it of another version?")]
     Garbled,
     #[error("{}: it cannot be asked", path.display())]
@@ -435,13 +470,13 @@ fn ask_within(
     })?;
     if line.is_empty() {
         let error = "too many questions at a time, or not yours to ask".to_owned();
-        return Err(ControlError::Refused { error });
+        return Err(ControlError::Refused { error, exit: None });
     }
     let value: serde_json::Value =
         serde_json::from_slice(&line).map_err(|_| ControlError::Garbled)?;
-    match value.get("error").and_then(|it| it.as_str()) {
-        Some(error) => Err(ControlError::Refused { error: error.to_owned() }),
-        None => Ok(value),
+    match serde_json::from_value::<Refusal>(value.clone()) {
+        Ok(Refusal { error, exit }) => Err(ControlError::Refused { error, exit }),
+        Err(_) => Ok(value),
     }
 }
 

@@ -221,10 +221,13 @@ impl Server {
         let mut events = Vec::new();
         let mut stop_by: Option<Instant> = None;
         let mut report_at = Instant::now();
+        // the last report names no clients: without them nothing changes that one would say
+        let mut quiet = false;
         loop {
             let now = Instant::now();
             if now >= report_at {
                 self.report();
+                quiet = self.conns.is_empty();
                 report_at = now + REPORT_EVERY;
             }
             let over = stop_by.is_some_and(|by| now >= by || self.machine.is_idle());
@@ -234,8 +237,7 @@ impl Server {
             let mut wake_at = self.machine.wake_at();
             let orders = self.orders_wake_at();
             for at in [self.accept_at, stop_by, orders, Some(report_at)].into_iter().flatten() {
-                // without clients nothing changes that a report would say
-                let idle = at == report_at && self.conns.is_empty();
+                let idle = at == report_at && quiet && self.conns.is_empty();
                 if !idle {
                     wake_at = Some(wake_at.map_or(at, |wake| wake.min(at)));
                 }
@@ -550,7 +552,7 @@ impl Server {
         self.dirty.insert(conn);
     }
 
-    fn report(&self) {
+    pub(super) fn report(&self) {
         let (mut bytes_in, mut bytes_out) = (self.bytes_in, self.bytes_out);
         for conn in self.conns.values() {
             bytes_in += conn.bytes_in();

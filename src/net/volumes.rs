@@ -7,11 +7,12 @@
 //! What is ordered is durable in the volume's state before it holds.
 
 use std::ops::{Index, IndexMut};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
 
-use super::handle::{Amount, Figures, Handle};
+use super::handle::{Amount, Figures, Handle, Report};
 use super::server::Server;
 use crate::lento::server::VolumeNo;
 use crate::lento::serving::Owing;
@@ -24,11 +25,15 @@ use crate::replica::volume::Volume;
 const FREEZE_MAX: Duration = Duration::from_secs(15);
 /// Longest wait for an order to be carried out.
 const ORDER_TIME_MAX: Duration = Duration::from_secs(20);
+/// Longest wait for a report that is of now.
+const LOOK_TIME_MAX: Duration = Duration::from_secs(1);
 /// Clients that an error names.
 const NAMED_MAX: usize = 8;
 
 /// What is to be done with a volume.
 pub enum Order {
+    /// nothing: the report is as of now then
+    Look,
     /// serve one more
     Add(Box<Volume>),
     /// serve it no more; `force`: whoever is connected, or has changes that are not here
@@ -89,10 +94,20 @@ impl Handle {
     /// # Errors
     /// [`OrderError`]; but for `Late` and `Stopping`, nothing has changed then.
     pub fn order(&self, order: Order) -> Result<Done, OrderError> {
+        self.order_within(order, ORDER_TIME_MAX)
+    }
+    /// How the server is doing now; after [`LOOK_TIME_MAX`] what is known.
+    pub fn report_now(&self) -> Report {
+        if let Err(e) = self.order_within(Order::Look, LOOK_TIME_MAX) {
+            log::debug!("a report of some time ago: {e}");
+        }
+        self.report()
+    }
+    fn order_within(&self, order: Order, time_max: Duration) -> Result<Done, OrderError> {
         let (told, answer) = bounded(1);
         self.shared.push_order(Ordered(order, told));
         self.waker.wake();
-        match answer.recv_timeout(ORDER_TIME_MAX) {
+        match answer.recv_timeout(time_max) {
             Ok(done) => done,
             Err(e) if e.is_timeout() => Err(OrderError::Late),
             Err(_) => Err(OrderError::Stopping),
@@ -167,6 +182,10 @@ impl Server {
         self.limits_changed(no);
         Ok(no)
     }
+    /// Names and directories of the volumes.
+    pub fn served(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.volumes.iter().map(|(_, volume)| (volume.name(), volume.path()))
+    }
     /// Called with every volume that comes, and whenever the limits in its settings change.
     fn limits_changed(&mut self, no: VolumeNo) {
         log::debug!("{}: {:?}", self.volumes[no].name(), self.volumes[no].settings().quota);
@@ -182,6 +201,10 @@ impl Server {
         let any = !orders.is_empty() || !self.waiting.is_empty();
         for Ordered(order, told) in orders {
             match order {
+                Order::Look => {
+                    self.report();
+                    tell(&told, Ok(Done::Done));
+                }
                 Order::Add(volume) => {
                     let added = self.serve(*volume).map(|no| self.say_added(no));
                     let done = added.map_err(|(e, volume)| {
@@ -343,7 +366,10 @@ impl Server {
 fn owing_text(owing: &Owing) -> String {
     let Owing { node, host, records, connected } = owing;
     let away = if *connected { "" } else { ", which is away," };
-    format!("{host} (node {node}){away} has up to {records} changes")
+    match records {
+        0 => format!("{host} (node {node}){away} may have changes"),
+        _ => format!("{host} (node {node}){away} has up to {records} changes"),
+    }
 }
 
 /// The first few of them.

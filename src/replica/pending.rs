@@ -109,11 +109,6 @@ impl Pending {
         }
     }
 
-    /// The newest record that the server is known to keep.
-    pub fn acked_upto(&self) -> Seq {
-        self.acked
-    }
-
     /// What came about a directory, asked for when the server had `mark`, left alone what newer own
     /// records changed. Perhaps it had them in it already, and others had changed the same names
     /// since. True when such a record is acknowledged by now: the directory is to be looked at anew.

@@ -20,6 +20,7 @@ use super::settings::Settings;
 use crate::kml::record::Fid;
 use crate::sys::{self, boot, crash};
 
+/// The file in a state directory.
 pub const FILE: &str = "state.json";
 /// The file before its last change.
 pub const OLD_FILE: &str = "state.json.old";

@@ -125,7 +125,16 @@ impl Rig {
         let acked = Seq(acked);
         self.answer(
             hello.0,
-            Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen: acked, read_only: false },
+            Welcome {
+                version: VERSION,
+                volume_id,
+                node: 3,
+                acked,
+                stamp,
+                volume,
+                seen: acked,
+                read_only: false,
+            },
         );
         let since = self.sent().pop().unwrap();
         assert_eq!(since.1, Since { stamp: self.client.current(), read_all: false }.into());
@@ -159,7 +168,16 @@ fn catches_up_before_it_is_online() {
     let (stamp, acked) = (Stamp(60), Seq(0));
     rig.answer(
         hello.0,
-        Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen: acked, read_only: false },
+        Welcome {
+            version: VERSION,
+            volume_id,
+            node: 3,
+            acked,
+            stamp,
+            volume,
+            seen: acked,
+            read_only: false,
+        },
     );
     let since = rig.sent().pop().unwrap();
     rig.answer(
@@ -193,7 +211,16 @@ fn a_server_that_is_not_ours_is_refused() {
         let (stamp, acked, volume) = (Stamp(60), Seq(acked), "v".into());
         rig.answer(
             hello.0,
-            Welcome { version, volume_id, node, acked, stamp, volume, seen: acked, read_only: false },
+            Welcome {
+                version,
+                volume_id,
+                node,
+                acked,
+                stamp,
+                volume,
+                seen: acked,
+                read_only: false,
+            },
         );
         let effects = rig.effects();
         assert!(
@@ -633,7 +660,16 @@ fn after_a_reconnect_it_sends_what_the_server_does_not_have() {
     let (acked, volume) = (Seq(10), "v".into());
     rig.answer(
         hello.0,
-        Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen: acked, read_only: false },
+        Welcome {
+            version: VERSION,
+            volume_id,
+            node: 3,
+            acked,
+            stamp,
+            volume,
+            seen: acked,
+            read_only: false,
+        },
     );
     let effects = rig.effects();
     let acked = Effect::Acked { upto: Seq(10), stamps: vec![], conflicts: vec![] };
@@ -665,7 +701,16 @@ fn what_the_server_may_have_is_not_optimised_with_what_is_new() {
         let acked = Seq(0);
         rig.answer(
             hello.0,
-            Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen },
+            Welcome {
+                version: VERSION,
+                volume_id,
+                node: 3,
+                acked,
+                stamp,
+                volume,
+                seen,
+                read_only: false,
+            },
         );
         let since = rig.sent().pop().unwrap();
         let (upto, volume) = (Stamp(50), Mode::Read);
@@ -723,7 +768,16 @@ fn a_server_from_an_older_backup_gets_what_is_left() {
     let (acked, volume) = (Seq(12), "v".into());
     rig.answer(
         hello.0,
-        Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen: acked, read_only: false },
+        Welcome {
+            version: VERSION,
+            volume_id,
+            node: 3,
+            acked,
+            stamp,
+            volume,
+            seen: acked,
+            read_only: false,
+        },
     );
     let effects = rig.effects();
     assert!(effects.contains(&Effect::ServerBehind { theirs: Seq(12), ours: Seq(20) }));
@@ -836,7 +890,16 @@ fn what_is_recalled_while_catching_up_does_not_come_with_the_volume() {
     let (stamp, acked) = (Stamp(60), Seq(0));
     rig.answer(
         hello.0,
-        Welcome { version: VERSION, volume_id, node: 3, acked, stamp, volume, seen: acked, read_only: false },
+        Welcome {
+            version: VERSION,
+            volume_id,
+            node: 3,
+            acked,
+            stamp,
+            volume,
+            seen: acked,
+            read_only: false,
+        },
     );
     let since = rig.sent().pop().unwrap();
     rig.client.on_message(7, false, Recall { fids: vec![A], mode: Mode::Read }.into(), rig.now);

@@ -93,7 +93,7 @@ impl Rig {
 fn a_cache_finds_its_volume_under_its_old_name() {
     let mut rig = rig();
     rig.server.rename_volume(0, "new", &["v".to_owned()]);
-    let of = |volume: &str, id: u8| rig.server.volume_of(&hello(volume, id, 0));
+    let of = |volume: &str, id: u8| rig.server.meant_by(&hello(volume, id, 0));
     assert_eq!(of("new", 0), Ok(0));
     assert_eq!(of("new", 7), Ok(0));
     assert_eq!(of("v", 7), Ok(0), "the cache knows the volume by the name it had");
@@ -102,7 +102,7 @@ fn a_cache_finds_its_volume_under_its_old_name() {
     assert_eq!(of("w", 7).unwrap_err().0, Code::ForeignCache, "a name it never had");
     // another volume gets the name: each cache still finds its own
     rig.server.rename_volume(1, "v", &["w".to_owned()]);
-    let of = |volume: &str, id: u8| rig.server.volume_of(&hello(volume, id, 0)).ok();
+    let of = |volume: &str, id: u8| rig.server.meant_by(&hello(volume, id, 0)).ok();
     assert_eq!(
         (of("v", 7), of("v", 8), of("v", 0), of("w", 8)),
         (Some(0), Some(1), Some(1), Some(1))
@@ -116,12 +116,12 @@ fn a_removed_volume_is_a_hole() {
     rig.come(B, "w", (0, 0));
     rig.server.remove_volume(0, rig.now);
     assert_eq!(rig.closed(), [(A, Why::Removed)]);
-    let (code, what) = rig.server.volume_of(&hello("v", 7, 0)).unwrap_err();
+    let (code, what) = rig.server.meant_by(&hello("v", 7, 0)).unwrap_err();
     assert_eq!(code, Code::UnknownVolume);
     assert!(what.contains("not served any more") && what.contains("there are: w"), "{what}");
-    assert_eq!(rig.server.volume_of(&hello("", 0, 0)), Ok(1), "the only one that is left");
+    assert_eq!(rig.server.meant_by(&hello("", 0, 0)), Ok(1), "the only one that is left");
     assert_eq!(rig.server.add_volume("v", [9; 16], Stamp(0)), 2, "its number is not used again");
-    assert_eq!(rig.server.volume_of(&hello("v", 0, 0)), Ok(2));
+    assert_eq!(rig.server.meant_by(&hello("v", 0, 0)), Ok(2));
     rig.now += Duration::from_secs(60);
     rig.server.wake(rig.now);
     assert_eq!(rig.server.clients().len(), 0);
@@ -184,6 +184,26 @@ fn who_does_not_ship_stands_against_it() {
     // and forgotten when it is back with all shipped
     rig.come(A, "v", (5, 5));
     assert_eq!(rig.server.owing(0), []);
+}
+
+#[test]
+fn who_is_cut_off_with_a_right_may_have_changes() {
+    let mut rig = rig();
+    rig.come(A, "v", (0, 0));
+    rig.server.on_closed(A, rig.now);
+    let owing = Owing { node: 1, host: "h".into(), records: 0, connected: false };
+    assert_eq!(rig.server.owing(0), [owing.clone()]);
+    rig.freeze(false);
+    assert_eq!(rig.poll(), None, "its lease is not over");
+    rig.now += Duration::from_secs(11);
+    rig.server.wake(rig.now);
+    assert_eq!(rig.poll(), Some(Err(vec![owing])));
+    // who takes his leave has nothing more
+    rig.come(B, "v", (0, 0));
+    rig.come(A, "v", (0, 0));
+    rig.say(A, 5, false, Released { kept: vec![], upto: Seq(0) });
+    rig.server.on_closed(A, rig.now);
+    assert!(rig.server.owing(0).iter().all(|owing| owing.node != 1));
 }
 
 #[test]

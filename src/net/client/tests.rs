@@ -75,7 +75,16 @@ impl Served {
         self.send(
             hello.id,
             true,
-            Welcome { version, volume_id, node: NODE, acked, stamp, volume, seen: acked, read_only: false },
+            Welcome {
+                version,
+                volume_id,
+                node: NODE,
+                acked,
+                stamp,
+                volume,
+                seen: acked,
+                read_only: false,
+            },
         );
         let since = self.next();
         assert!(matches!(since.message, Message::Since(_)), "{since:?}");
