@@ -201,7 +201,8 @@ pub enum Effect {
         mode: Mode,
         raise: bool,
     },
-    /// at least this may be done with these
+    /// at least this may be done with these. What could not be read just before may have changed
+    /// since it was last read: it is to be fetched again
     Raise {
         fids: Vec<Fid>,
         mode: Mode,

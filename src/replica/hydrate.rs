@@ -147,7 +147,7 @@ pub(super) fn update(
     let before = meta.clone();
     meta.nlink = nlink(object, stat.nlink);
     meta.epoch = cache.epoch();
-    if kind == Kind::File && !same_content(&before, object) {
+    if kind == Kind::File && !same_content(&before, &stat, object) {
         meta = Meta { nlink: meta.nlink, epoch: meta.epoch, ..stub_meta(object) };
         // First what is known, then the file: a crash in between fetches again.
         cache.tree.set_meta(dir, name, &meta)?;
@@ -175,9 +175,13 @@ pub(super) fn update(
 }
 
 /// Whether the file's data here are those of the server's version, so that a rename or a chmod
-/// elsewhere does not cost a fetch. Size and modification time would not tell: times are set.
-fn same_content(meta: &Meta, object: &Remote) -> bool {
-    !meta.is_disowned() && object.stored.unwrap_or(object.stamp) <= meta.stamp
+/// elsewhere does not cost a fetch. Size and modification time alone would not tell, for times are
+/// set; nor would stamps, for a server that lost power may give one twice.
+fn same_content(meta: &Meta, stat: &Stat, object: &Remote) -> bool {
+    let attr = attr_of(stat);
+    let alike = attr.size == object.attr.size && attr.mtime == object.attr.mtime;
+    let known = object.stored.unwrap_or(object.stamp) <= meta.stamp && !meta.is_disowned();
+    (meta.stamp == object.stamp && !meta.stale) || (known && alike)
 }
 
 pub(super) fn stub_meta(object: &Remote) -> Meta {
@@ -434,12 +438,11 @@ pub fn acked(
     }
     crash::point("acked-stamps");
     let mut lost: Vec<Fid> = conflicts.to_vec();
-    // An acknowledgement that was lost with its connection does not say what was kept of which file.
-    let unknown = match stamps.is_empty() {
-        true => cache.pending().newly_stored(upto),
-        false => Vec::new(),
-    };
-    for fid in conflicts.iter().chain(&unknown) {
+    // One that was lost with its connection does not say what became of what.
+    if stamps.is_empty() && conflicts.is_empty() {
+        lost = cache.pending().unheard();
+    }
+    for fid in &lost {
         if let Err(e) = not_gone(edit(cache, *fid, Meta::disown)) {
             result = Err(e);
         }

@@ -111,7 +111,7 @@ impl Meta {
 
     /// The server kept its own version: what is here is of none, whatever the stamp says.
     pub fn disown(&mut self) {
-        self.epoch = 0; // no cache ever has this one
+        (self.epoch, self.stale) = (0, true); // no cache ever has this epoch
     }
     pub fn is_disowned(&self) -> bool {
         self.epoch == 0

@@ -220,7 +220,7 @@ impl Cache {
         };
         writer.unsaved = false;
         let (mut ranges, old_size) = (std::mem::take(&mut writer.ranges), writer.old_size);
-        let Some(file) = self.tree.get(fid).filter(|file| !file.names.is_empty()) else { return };
+        let Some(file) = self.shipped(fid) else { return };
         let (size, mtime, base) = (file.attr.size, file.attr.mtime, file.meta.stamp);
         if file.meta.complete {
             ranges = vec![Range { at: 0, len: size }];
@@ -455,7 +455,9 @@ impl Cache {
         }
         let meta = &mut file.meta;
         let stored = object.stored.unwrap_or(object.stamp);
-        let same = !meta.is_disowned() && stored <= meta.stamp;
+        let alike = file.attr.size == object.attr.size && file.attr.mtime == object.attr.mtime;
+        let known = !meta.is_disowned() && stored <= meta.stamp;
+        let same = meta.stamp == object.stamp && !meta.stale || known && alike;
         (meta.nlink, meta.epoch) = (nlink(object, file.attr.nlink), epoch);
         (meta.stamp, meta.stale) = (object.stamp, false);
         if !same {
@@ -521,11 +523,10 @@ impl Cache {
             self.edit_meta(*fid, |meta| meta.kept(*stamp, epoch, known, stored));
         }
         let mut lost: Vec<Fid> = conflicts.to_vec();
-        let unknown = match stamps.is_empty() {
-            true => self.pending.newly_stored(upto),
-            false => Vec::new(),
-        };
-        for fid in conflicts.iter().chain(&unknown) {
+        if stamps.is_empty() && conflicts.is_empty() {
+            lost = self.pending.unheard();
+        }
+        for fid in &lost {
             self.edit_meta(*fid, Meta::disown);
         }
         for node in conflicts.iter().filter_map(|fid| self.tree.get(*fid)) {
@@ -595,7 +596,11 @@ impl Cache {
     fn store_anew(&mut self, fid: Fid) {
         if let Some(file) = self.tree.get(fid).filter(|file| !file.is_dir()) {
             let present = |at: &u64| Range { at: *at, len: GRANULE_LEN };
-            let (ranges, old_size) = (file.have.iter().map(present).collect(), file.attr.size);
+            let mut ranges: Vec<Range> = file.have.iter().map(present).collect();
+            let (base_size, old_size) = (file.meta.base_size, file.attr.size);
+            if old_size > base_size {
+                ranges.push(Range { at: base_size, len: old_size - base_size });
+            }
             self.writers
                 .insert(fid, Writer { unsaved: true, ranges, old_size, ..Writer::default() });
             self.store(fid);
@@ -615,7 +620,8 @@ impl Cache {
             Some(after) => after,
             None => (durable.tree.clone(), durable.limbo.clone()),
         };
-        (self.tree, self.limbo, self.epoch) = (tree, limbo, durable.epoch);
+        // everything is asked for again before it is believed
+        (self.tree, self.limbo, self.epoch) = (tree, limbo, durable.epoch + 1);
         (self.acked, self.current) = (durable.acked, durable.current);
         self.journal.truncate(survives);
         self.synced = survives;
@@ -648,6 +654,20 @@ impl Cache {
         self.restart();
         for fid in open {
             self.store_anew(fid);
+        }
+        // Contents that pend are as they are; others that changed since all was durable are not
+        // believed (replica's power.rs).
+        let files: Vec<Fid> =
+            self.tree.nodes().filter(|node| !node.is_dir()).map(|node| node.meta.fid).collect();
+        for fid in files {
+            let before = durable.tree.get(fid).map(|node| &node.data);
+            let same = before == self.tree.get(fid).map(|node| &node.data);
+            if self.pending.is_dirty(fid) {
+                self.store_anew(fid);
+            } else if !same {
+                self.evict(fid);
+                self.edit_meta(fid, Meta::disown);
+            }
         }
         for entry in &mut self.journal {
             entry.solid = true;

@@ -438,6 +438,9 @@ impl Client {
                 ctx.rights_changed = true;
             }
             Effect::Raise { fids, mode } => {
+                let none = |fid: &Fid| self.cache.rights.mode(*fid) == Mode::None;
+                let unknown: Vec<Fid> = fids.iter().copied().filter(none).collect();
+                self.cache.mark_stale(&unknown);
                 let rights = &mut self.cache.rights;
                 fids.iter().for_each(|fid| rights.set(*fid, rights.mode(*fid).max(mode)));
                 ctx.rights_changed = true;

@@ -352,11 +352,7 @@ impl Driver {
                 true => rights.raise_volume(mode),
                 false => rights.set_volume(mode),
             }),
-            Effect::Raise { fids, mode } => self.shared.rights.edit(|rights| {
-                for fid in fids {
-                    rights.set(fid, rights.mode(fid).max(mode));
-                }
-            }),
+            Effect::Raise { fids, mode } => self.raise(&fids, mode),
             Effect::SetModes { fids, mode } => self.shared.rights.edit(|rights| {
                 for fid in fids {
                     rights.set(fid, mode);

@@ -33,6 +33,16 @@ impl Driver {
         self.mark(&fids);
     }
 
+    /// These were given. What was let go while they were asked for is to be fetched again.
+    pub(super) fn raise(&mut self, fids: &[Fid], mode: Mode) {
+        let none = |fid: &Fid| self.shared.rights.mode(*fid) == Mode::None;
+        let unknown: Vec<Fid> = fids.iter().copied().filter(none).collect();
+        self.mark(&unknown); // the kernel has forgotten them when they were let go
+        self.shared.rights.edit(|rights| {
+            fids.iter().for_each(|fid| rights.set(*fid, rights.mode(*fid).max(mode)));
+        });
+    }
+
     /// Notes that these are old, and says what the kernel must forget.
     fn mark(&mut self, fids: &[Fid]) -> Vec<Notice> {
         let (notices, marked) = hydrate::mark_stale(&self.cache, fids);
