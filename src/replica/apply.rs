@@ -159,8 +159,7 @@ impl Volume {
                 out.also.extend(record.op.touched());
             }
         }
-        // lost with the power: redone at open, but for the contents, which come again now
-        if seq <= self.nodes.seen(node) && !matches!(record.op, Op::Store { .. }) {
+        if seq <= self.nodes.seen(node) && !self.comes_again(&record.op)? {
             return Ok(());
         }
         self.follow(node, &mut record.op)?;
@@ -206,6 +205,23 @@ impl Volume {
             (new.atime, new.mtime) = (None, None);
         }
         Ok(())
+    }
+
+    /// Whether a record that was lost with the power, and redone at open, is to be applied when it
+    /// comes once more: contents are, and so is what was set after them, size and times above all,
+    /// which they would undo.
+    fn comes_again(&self, op: &Op) -> Result<bool> {
+        match op {
+            Op::Store { .. } => Ok(true),
+            Op::Setattr { fid, .. } | Op::Setxattr { fid, .. } | Op::Removexattr { fid, .. } => {
+                match self.tree.find(*fid) {
+                    Ok(_) => Ok(true),
+                    Err(TreeError::Gone(_)) => Ok(*fid == ROOT), // redone as well: it was removed
+                    Err(e) => Err(e.into()),
+                }
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Journals the record, does it, and settles it. One that the file system refuses becomes a

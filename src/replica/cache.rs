@@ -348,10 +348,12 @@ impl Cache {
         }
         self.log.sync_settled(upto)?;
         crash::point("ship-journal");
+        let now = power::clock_ns();
         self.sync_tree()?;
         crash::point("ship-tree");
         self.durable.fetch_max(upto.0, Ordering::AcqRel);
         self.log.note_cursor(TREE, upto.0);
+        self.log.note_cursor(KEPT_AT, now);
         Ok(())
     }
     fn sync_tree(&self) -> Result<(), LogError> {

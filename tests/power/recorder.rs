@@ -81,6 +81,7 @@ impl Recorder {
         copy(cut, &durable);
         let file = mount_point().with_extension("image");
         File::create(&file).unwrap();
+        #[allow(clippy::zombie_processes)] // one that never serves ends with this program
         let mut server = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "recorder::the_process", "--nocapture", "--test-threads=1"])
             .env("IMZ_POWER_DISK", holder.path())

@@ -607,6 +607,36 @@ fn what_the_power_took_is_done_again() {
     assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(4));
 }
 
+/// Found by cutting the power: contents that come again must not undo what came after them.
+#[test]
+fn what_was_set_after_the_contents_comes_again_as_well() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "a", f(1, 2)));
+    rig.v().sync_job().run().unwrap();
+    rig.v().synced();
+    let mtime = crate::kml::record::Time { sec: 1000, nsec: 7 };
+    let new = Change { size: Some(2), mtime: Some(mtime), ..Change::default() };
+    let cut = Op::Setattr { fid: f(1, 2), base: Stamp(0), new, old: Change::default() };
+    rig.store(1, f(1, 2), Stamp(0), b"text");
+    rig.ok(1, cut.clone());
+    rig.kill();
+    let nodes = rig.path(".imz/nodes.json");
+    let table = std::fs::read_to_string(&nodes).unwrap();
+    let table = table.replace(&crate::sys::boot::id(), "another boot");
+    let unsealed: Vec<&str> = table.lines().filter(|line| !line.contains("crc32")).collect();
+    std::fs::write(&nodes, unsealed.join("\n")).unwrap();
+    rig.open();
+    let records = [rig.record(store(f(1, 2), Stamp(0), 4)), rig.record(cut)];
+    let contents = [Content::Inline(b"text"), Content::None];
+    let changes: Vec<Incoming<'_>> = (0..2)
+        .map(|i| Incoming { seq: Seq(2 + i as u64), record: &records[i], content: contents[i] })
+        .collect();
+    let out = rig.v().apply(1, Seq(3), &changes);
+    assert!(out.failure.is_none() && out.conflicts.is_empty(), "{out:?}");
+    assert_eq!(rig.read("a"), "te");
+    assert_eq!(rig.v().stat(f(1, 2)).unwrap().attr.mtime, mtime);
+}
+
 #[test]
 fn what_the_file_system_refuses_is_a_conflict_and_no_stop() {
     let mut rig = rig();
