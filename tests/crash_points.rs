@@ -248,7 +248,21 @@ fn the_end(world: &mut World) {
     let well = world.a.ended_well();
     world.met |= !well;
     assert!(world.met || code == 0, "{}: {text}", world.point);
-    world.a.again();
+    if world.who == Who::Mount && !world.met {
+        world.a.crash_at(&world.point); // what is only met later
+    }
+    if !world.a.try_again() {
+        world.met = true;
+        world.a.again();
+    }
+    if world.who == Who::Server && !world.met {
+        world.met = !world.server.ended_well();
+        world.server.crash_at(if world.met { "" } else { &world.point });
+        if !world.server.try_restart() {
+            world.met = true;
+            world.server.restart();
+        }
+    }
 }
 
 /// A second mount changes what the first one has.

@@ -445,6 +445,19 @@ impl Server {
         format!("127.0.0.1:{}:/{VOLUME}", self.port)
     }
 
+    /// SIGTERM; false when it met a crash point on its way to a good end.
+    #[track_caller]
+    pub fn ended_well(&mut self) -> bool {
+        self.process.signal(Signal::TERM);
+        let mut crashed = false;
+        wait_for("the server ends", 20, || {
+            crashed = self.crashed();
+            crashed || self.process.ended().is_some()
+        });
+        self.process.kill();
+        !crashed
+    }
+
     /// SIGTERM; it must end well.
     #[track_caller]
     pub fn stop(&mut self) {
