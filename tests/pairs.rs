@@ -667,3 +667,36 @@ fn what_depends_on_a_conflict_goes_where_that_went() {
     let (page, more) = world.v().list_conflicts("").unwrap();
     assert!(page.len() == 1 && !more && page[0].told.contains("\"changes\":100"), "{page:?}");
 }
+
+/// The other client has moved the file away and made another of its name, as logs are rotated.
+#[test]
+fn a_name_that_stands_for_another_file_now() {
+    let mut world = World::new();
+    let base = Base::new(&mut world, 1);
+    let rename = Op::Rename {
+        from: base.place("f"),
+        to: base.place("f.old"),
+        fid: base.f,
+        base: base.stamp,
+        over: FREE,
+    };
+    let fresh = Fid::new(OTHER, 900);
+    world.apply(OTHER, &[(rename, vec![])]);
+    world.apply(OTHER, &new_file(base.place("f"), fresh, b"fresh"));
+    // it is not that one which is removed
+    world.apply(OWN, &[(Op::Unlink { at: base.place("f"), gone: base.gone(base.f) }, vec![])]);
+    assert_eq!(world.v().conflicts(), 1);
+    assert_eq!(bytes_of(&mut world, fresh), b"fresh");
+    // and what is written goes to the old one
+    let out = world.apply(OWN, &[store(base.f, base.stamp, b"more")]);
+    assert!(out.conflicts.is_empty());
+    assert_eq!(entry(&mut world, base.dir, "f.old").unwrap().attr.size, 4);
+    assert_eq!(bytes_of(&mut world, base.f), b"more");
+    // removed by both, and made anew by one: no conflict
+    world.apply(OTHER, &[(Op::Unlink { at: base.place("o"), gone: base.gone(base.o) }, vec![])]);
+    world.apply(OTHER, &new_file(base.place("o"), Fid::new(OTHER, 901), b"new o"));
+    let out =
+        world.apply(OWN, &[(Op::Unlink { at: base.place("o"), gone: base.gone(base.o) }, vec![])]);
+    assert!(out.conflicts.is_empty() && world.v().conflicts() == 1);
+    assert_eq!(bytes_of(&mut world, Fid::new(OTHER, 901)), b"new o");
+}
