@@ -22,14 +22,8 @@ _imz() {
             imz,evict)
                 cmd="imz__subcmd__evict"
                 ;;
-            imz,fsck)
-                cmd="imz__subcmd__fsck"
-                ;;
             imz,help)
                 cmd="imz__subcmd__help"
-                ;;
-            imz,inspect)
-                cmd="imz__subcmd__inspect"
                 ;;
             imz,kml)
                 cmd="imz__subcmd__kml"
@@ -94,14 +88,8 @@ _imz() {
             imz__subcmd__help,evict)
                 cmd="imz__subcmd__help__subcmd__evict"
                 ;;
-            imz__subcmd__help,fsck)
-                cmd="imz__subcmd__help__subcmd__fsck"
-                ;;
             imz__subcmd__help,help)
                 cmd="imz__subcmd__help__subcmd__help"
-                ;;
-            imz__subcmd__help,inspect)
-                cmd="imz__subcmd__help__subcmd__inspect"
                 ;;
             imz__subcmd__help,kml)
                 cmd="imz__subcmd__help__subcmd__kml"
@@ -215,7 +203,7 @@ _imz() {
 
     case "${cmd}" in
         imz)
-            opts="-v -h -V --verbose --help --version serve mount umount sync status pin unpin evict conflicts kml inspect fsck volume help"
+            opts="-v -h -V --verbose --help --version serve mount umount sync status pin unpin evict conflicts kml volume help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -400,26 +388,8 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        imz__subcmd__fsck)
-            opts="-v -h -V --state --repair --json --verbose --help --version"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                --state)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
         imz__subcmd__help)
-            opts="serve mount umount sync status pin unpin evict conflicts kml inspect fsck volume help"
+            opts="serve mount umount sync status pin unpin evict conflicts kml volume help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -516,35 +486,7 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        imz__subcmd__help__subcmd__fsck)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
         imz__subcmd__help__subcmd__help)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        imz__subcmd__help__subcmd__inspect)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -757,20 +699,6 @@ _imz() {
         imz__subcmd__help__subcmd__volume__subcmd__set)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        imz__subcmd__inspect)
-            opts="-v -h -V --json --verbose --help --version"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi

@@ -720,8 +720,10 @@ impl Client {
         match (asked.ask, message) {
             (Ask::Hello, Message::Welcome(m)) => self.on_welcome(m, now),
             (Ask::Hello, Message::Refused(m)) => {
+                // The same words as those of the refusal: they are what people are shown.
+                let why = format!("refused: {}", m.what);
                 self.line.effect(Effect::Refused { code: m.code, what: m.what });
-                self.close("the server refuses", now);
+                self.close(&why, now);
             }
             (ask @ (Ask::Since | Ask::ReadAll), Message::Changes(m)) => {
                 self.on_changes(ask, m, now);
@@ -803,6 +805,7 @@ impl Client {
             return self.close("the server is not the one of this cache", now);
         }
         (self.who.node, self.who.volume_id) = (m.node, m.volume_id);
+        self.who.volume.clone_from(&m.volume);
         if fresh {
             self.current = m.stamp;
         }

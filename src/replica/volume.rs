@@ -1,7 +1,7 @@
 //! A served volume: a tree, its history, and what the clients know of it.
 //!
 //! ```text
-//!   DIR/.imz/lock, state.json   identity, counters of fids; one server at a time
+//!   DIR/.imz/lock, state.json   identity, counters of fids, settings; one server at a time
 //!   DIR/.imz/kml/               the volume's history: every change, with its origin
 //!   DIR/.imz/index.redb         fid -> names
 //!   DIR/.imz/nodes.json         the clients, and how far each one's journal is in the tree
