@@ -22,8 +22,14 @@ _imz() {
             imz,evict)
                 cmd="imz__subcmd__evict"
                 ;;
+            imz,fsck)
+                cmd="imz__subcmd__fsck"
+                ;;
             imz,help)
                 cmd="imz__subcmd__help"
+                ;;
+            imz,inspect)
+                cmd="imz__subcmd__inspect"
                 ;;
             imz,kml)
                 cmd="imz__subcmd__kml"
@@ -33,6 +39,9 @@ _imz() {
                 ;;
             imz,pin)
                 cmd="imz__subcmd__pin"
+                ;;
+            imz,replay)
+                cmd="imz__subcmd__replay"
                 ;;
             imz,serve)
                 cmd="imz__subcmd__serve"
@@ -88,8 +97,14 @@ _imz() {
             imz__subcmd__help,evict)
                 cmd="imz__subcmd__help__subcmd__evict"
                 ;;
+            imz__subcmd__help,fsck)
+                cmd="imz__subcmd__help__subcmd__fsck"
+                ;;
             imz__subcmd__help,help)
                 cmd="imz__subcmd__help__subcmd__help"
+                ;;
+            imz__subcmd__help,inspect)
+                cmd="imz__subcmd__help__subcmd__inspect"
                 ;;
             imz__subcmd__help,kml)
                 cmd="imz__subcmd__help__subcmd__kml"
@@ -99,6 +114,9 @@ _imz() {
                 ;;
             imz__subcmd__help,pin)
                 cmd="imz__subcmd__help__subcmd__pin"
+                ;;
+            imz__subcmd__help,replay)
+                cmd="imz__subcmd__help__subcmd__replay"
                 ;;
             imz__subcmd__help,serve)
                 cmd="imz__subcmd__help__subcmd__serve"
@@ -203,7 +221,7 @@ _imz() {
 
     case "${cmd}" in
         imz)
-            opts="-v -h -V --verbose --help --version serve mount umount sync status pin unpin evict conflicts kml volume help"
+            opts="-v -h -V --verbose --help --version serve mount umount sync status pin unpin evict conflicts kml inspect fsck volume replay help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -388,8 +406,26 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__fsck)
+            opts="-v -h -V --state --repair --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --state)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__help)
-            opts="serve mount umount sync status pin unpin evict conflicts kml volume help"
+            opts="serve mount umount sync status pin unpin evict conflicts kml inspect fsck volume replay help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -486,7 +522,35 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__help__subcmd__fsck)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__help__subcmd__help)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__inspect)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -543,6 +607,20 @@ _imz() {
             return 0
             ;;
         imz__subcmd__help__subcmd__pin)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__replay)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -710,6 +788,20 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__inspect)
+            opts="-v -h -V --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__kml)
             opts="-v -h -V --verbose --help --version dump help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -822,6 +914,36 @@ _imz() {
             fi
             case "${prev}" in
                 --priority)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__replay)
+            opts="-v -h -V --onto --from --until --data --undo --dry-run --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --onto)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --from)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --until)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --data)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -61,6 +61,7 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::Evict(args) => modes::evict::run(args),
         Command::Conflicts(args) => modes::conflicts::run(args),
         Command::Volume(args) => modes::volume::run(args),
+        Command::Replay(args) => modes::replay::run(args),
         Command::Kml(args) => match &args.command {
             KmlCommand::Dump(args) => modes::kml::run(args),
         },

@@ -98,13 +98,14 @@ fn dependencies_run_one_way() {
 #[test]
 fn modes_never_name_each_other() {
     // what several of them share stands beside them
-    let shared = ["place", "ship", "explain"];
+    let shared = ["place", "ship", "explain", "journal"];
     let modes = [
         "mount",
         "serve",
         "status",
         "sync",
         "umount",
+        "replay",
         "kml",
         "inspect",
         "fsck",

@@ -51,6 +51,8 @@ pub struct Options {
     pub to: Option<Bound>,
     /// this path and what is below it; slashes around it do not matter
     pub path: Option<Vec<u8>>,
+    /// nobody writes to it: a torn record is not waited for
+    pub still: bool,
 }
 
 /// Why there is nothing to read at all.
@@ -138,6 +140,20 @@ impl Current {
         current.spot = current.begin();
         Ok(current)
     }
+    /// Gives a writer time to end what looks torn. Looks at the one record only: what lies behind
+    /// it is much to read.
+    fn wait(&self, buf: &mut Vec<u8>) {
+        let is_torn = |buf: &mut Vec<u8>| {
+            let suspect = recover::look(&self.bytes, self.spot.at, buf);
+            suspect.verify(self.spot.chain, self.spot.seq).is_err()
+        };
+        for _ in 0..TRIES {
+            if !is_torn(buf) {
+                return;
+            }
+            std::thread::yield_now();
+        }
+    }
     fn begin(&self) -> Spot {
         Spot { at: SEGMENT_HEADER_LEN, seq: self.head.first, chain: self.head.seed }
     }
@@ -199,13 +215,18 @@ impl Dump {
         &self.end
     }
 
+    /// The same, once nothing more is read.
+    pub fn into_end(self) -> End {
+        self.end
+    }
+
     /// The next record forwards, or `None` with `end` set. After a benign end it goes on when there
     /// is more.
     fn forward(&mut self) -> Option<Entry> {
         if self.end.is_final() {
             return None;
         }
-        let mut tries = 0;
+        let mut waited = false;
         loop {
             if !self.settle_segment() {
                 return None;
@@ -218,9 +239,9 @@ impl Dump {
             let before = current.spot;
             match recover::next(&current.bytes, &mut current.spot, synced, &mut self.buf) {
                 Ok(entry) => return Some(entry),
-                Err(Stop::Torn(_)) if tries < TRIES => {
-                    tries += 1;
-                    std::thread::yield_now();
+                Err(Stop::Torn(_)) if !waited && !self.options.still => {
+                    current.wait(&mut self.buf);
+                    waited = true;
                 }
                 Err(Stop::End | Stop::Torn(_)) if self.more_segments(before.seq) => {}
                 Err(stop) => {

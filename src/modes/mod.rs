@@ -1,5 +1,6 @@
 //! One file per subcommand: wiring only. Modes never name each other; what two of them need is
-//! here, in [`place`] (which mount is meant) and in [`ship`] (wait until all is at the server).
+//! here, in [`place`] (which mount is meant), in [`journal`] (which journal), and in [`ship`] (wait
+//! until all is at the server).
 //!
 //! The exit codes are decided in one function, [`exit_code`]. A mode returns an error whose chain
 //! tells the story from the outside in, and names a code with [`Failure`] where there is one.
@@ -9,10 +10,12 @@ pub mod evict;
 pub mod explain;
 pub mod fsck;
 pub mod inspect;
+pub mod journal;
 pub mod kml;
 pub mod mount;
 pub mod pin;
 pub mod place;
+pub mod replay;
 pub mod serve;
 pub mod ship;
 pub mod status;

@@ -10,16 +10,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::certify::{self, Clash, Verdict, View, certify};
+use super::hands::{self, Hands};
 use super::meta::Meta;
-use super::ops::time_of_ns;
 use super::spool::Spool;
 use super::tree::{Dir, TreeError};
 use super::volume::{Result, Volume, VolumeError};
 use crate::kml::codec::Outcome;
 use crate::kml::record::{
-    Attr, Change, Fid, Gone, Name, Op, Origin, Over, Place, ROOT, Range, Record, Seq, Stamp, Time,
+    Attr, Fid, Gone, Name, Op, Origin, Over, Place, ROOT, Range, Record, Seq, Stamp, Time,
 };
-use crate::sys::cred::{self, Caller};
+use crate::sys::cred;
 use crate::sys::{Errno, crash, fs};
 
 /// The bytes of a store.
@@ -61,7 +61,7 @@ pub struct Applied {
 }
 
 /// Errors that the same record meets again whenever it is tried: no reason to try again.
-fn is_final(e: Errno) -> bool {
+pub(super) fn is_final(e: Errno) -> bool {
     matches!(
         e,
         Errno::EXIST
@@ -228,10 +228,11 @@ impl Volume {
     /// conflict.
     pub(super) fn carry_out(
         &mut self,
-        record: Record,
+        mut record: Record,
         content: Content<'_>,
         out: &mut Applied,
     ) -> Result<()> {
+        self.note_past(&mut record)?;
         let done = self.journaled(&record, content);
         match done {
             Ok(stamp) => {
@@ -292,111 +293,28 @@ impl Volume {
         content: Content<'_>,
         stamp: Stamp,
     ) -> Result<()> {
-        let node = record.origin.node;
-        let when = time_of_ns(record.time_ns);
         match &record.op {
-            Op::Noop => {}
-            Op::Create { at, fid, .. }
-            | Op::Mkdir { at, fid, .. }
-            | Op::Symlink { at, fid, .. }
-            | Op::Mknod { at, fid, .. } => self.make(record, at, *fid, stamp)?,
-            Op::Link { at, fid, .. } => {
-                let (from, old) = self.tree.place(*fid)?;
-                let dir = self.dir(at.dir)?;
-                self.tree.link((&from, &old), *fid, &dir, &at.name, when)?;
-                self.tree.edit_meta(*fid, |meta| noted(meta, node, stamp))?;
-            }
-            Op::Rename { from, to, fid, over, .. } => {
-                self.rename((from, to), *fid, over, when)?;
-                self.tree.edit_meta(*fid, |meta| noted(meta, node, stamp))?;
-                if let Some(other) = record.op.other() {
-                    self.restamp_rest(other, node, stamp)?;
-                }
-            }
-            Op::Unlink { at, gone } => {
-                let dir = self.dir(at.dir)?;
-                self.tree.unlink(&dir, &at.name, gone.fid, when)?;
-                self.restamp_rest(gone.fid, node, stamp)?;
-            }
-            Op::Rmdir { at, gone } => {
-                let dir = self.dir(at.dir)?;
-                self.tree.rmdir(&dir, &at.name, gone.fid, when)?;
-            }
-            Op::Setattr { fid, new, .. } => {
-                let (dir, name) = self.object_path(*fid)?;
-                let new = if cred::is_root() {
-                    *new
-                } else {
-                    Change { uid: None, gid: None, ..*new } // owners are root's to change
-                };
-                self.tree.setattr(&*dir, &name, &new)?;
-                let is_data = new.size.is_some();
-                self.tree.edit_meta(*fid, |meta| match is_data {
-                    true => restamped(meta, node, stamp),
-                    false => noted(meta, node, stamp),
-                })?;
-            }
-            Op::Setxattr { fid, name, value, .. } => {
-                let (dir, at) = self.object_path(*fid)?;
-                fs::xattr::set(&*dir, &at, name, value, 0).map_err(TreeError::from)?;
-                self.tree.edit_meta(*fid, |meta| noted(meta, node, stamp))?;
-            }
-            Op::Removexattr { fid, name, .. } => {
-                let (dir, at) = self.object_path(*fid)?;
-                match fs::xattr::remove(&*dir, &at, name) {
-                    Ok(()) | Err(Errno::NODATA) => {}
-                    Err(e) => return Err(e.into()),
-                }
-                self.tree.edit_meta(*fid, |meta| noted(meta, node, stamp))?;
-            }
             Op::Store { fid, size, mtime, ranges, .. } => {
-                self.store(record.origin, *fid, (*size, *mtime, ranges), content, stamp)?;
+                let data = (*size, *mtime, &ranges[..]);
+                self.store(record.origin, *fid, data, content, stamp)
             }
+            Op::Rename { to, .. } => {
+                let dir = self.dir(to.dir)?;
+                self.at(&dir, &to.name)?; // what stands there has a fid from now on
+                self.hands().perform(record, stamp)
+            }
+            _ => self.hands().perform(record, stamp),
         }
-        for place in record.op.places().into_iter().flatten() {
-            self.touched.insert(place.dir, (node, stamp));
-        }
-        Ok(())
     }
-
-    /// Both times of a new object are the record's, as on the node that made it.
-    fn make(&mut self, record: &Record, at: &Place, fid: Fid, stamp: Stamp) -> Result<()> {
-        let dir = self.dir(at.dir)?;
-        let meta = Meta::made(fid, record.origin.node, stamp);
-        let by = |umask: u32| Caller { uid: record.uid, gid: record.gid, umask: umask & 0o777 };
-        let when = time_of_ns(record.time_ns);
-        let (tree, name) = (&self.tree, &at.name);
-        match &record.op {
-            Op::Create { mode, umask, .. } => {
-                tree.create(&dir, name, by(*umask), *mode, &meta, when).map(drop)
-            }
-            Op::Mkdir { mode, umask, .. } => {
-                tree.mkdir(&dir, name, by(*umask), *mode, &meta, when).map(drop)
-            }
-            Op::Symlink { target, .. } => tree.symlink(&dir, name, by(0), target, &meta, when),
-            Op::Mknod { mode, umask, rdev, .. } => {
-                tree.mknod(&dir, name, by(*umask), *mode, *rdev, &meta, when)
-            }
-            _ => Ok(()),
-        }?;
-        Ok(())
+    pub(super) fn hands(&mut self) -> Hands<'_> {
+        Hands { tree: &self.tree, touched: &mut self.touched }
     }
-
-    fn rename(
-        &mut self,
-        (from, to): (&Place, &Place),
-        fid: Fid,
-        over: &Over,
-        when: Time,
-    ) -> Result<()> {
-        let (old, new) = (self.dir(from.dir)?, self.dir(to.dir)?);
-        let other = self.at(&new, &to.name)?.map(|(meta, _)| meta.fid);
-        let mode = match over {
-            Over::Nothing { .. } => fs::RenameMode::NoReplace,
-            Over::Replaced(_) => fs::RenameMode::Replace,
-            Over::Exchanged { .. } => fs::RenameMode::Exchange,
-        };
-        Ok(self.tree.rename((&old, &from.name), (&new, &to.name), fid, other, mode, when)?)
+    /// Gives the directories whose entries changed the stamp of the last change.
+    pub(super) fn flush_touched(&mut self) -> Result<()> {
+        self.hands().flush_touched()
+    }
+    pub(super) fn object_path(&self, fid: Fid) -> Result<(Arc<Dir>, Vec<u8>)> {
+        Ok(hands::object_path(&self.tree, fid)?)
     }
 
     /// New data of a file: beside it and by rename where it is all of a file that has some already;
@@ -470,35 +388,6 @@ impl Volume {
             }
         }
         Ok(fs::chmod_fd(file, stat.mode & 0o7777)?)
-    }
-
-    /// Where an object is, for calls that take a directory and a name (empty: the directory).
-    pub(super) fn object_path(&self, fid: Fid) -> Result<(Arc<Dir>, Vec<u8>)> {
-        if fid == ROOT {
-            return Ok((self.tree.root().clone(), Vec::new()));
-        }
-        let (dir, name) = self.tree.place(fid)?;
-        Ok((dir, name.as_bytes().to_vec()))
-    }
-    /// An object lost one of its names; it may have others.
-    fn restamp_rest(&self, fid: Fid, node: u32, stamp: Stamp) -> Result<()> {
-        if self.tree.names(fid)?.is_empty() {
-            return Ok(());
-        }
-        match self.tree.edit_meta(fid, |meta| noted(meta, node, stamp)) {
-            Ok(()) | Err(TreeError::Gone(_)) => Ok(()),
-            Err(e) => Err(e.into()),
-        }
-    }
-    /// Gives the directories whose entries changed the stamp of the last change.
-    pub(super) fn flush_touched(&mut self) -> Result<()> {
-        for (fid, (node, stamp)) in std::mem::take(&mut self.touched) {
-            match self.tree.edit_meta(fid, |meta| restamped(meta, node, stamp)) {
-                Ok(()) | Err(TreeError::Gone(_)) => {} // it was removed later on
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(())
     }
 }
 

@@ -121,6 +121,14 @@ impl Index {
         Ok((index, anew))
     }
 
+    /// An index that lives as long as the process: of a tree that is not imz's to keep.
+    pub fn in_memory() -> Result<Index, IndexError> {
+        let memory = redb::backends::InMemoryBackend::new();
+        let mut build = Database::builder();
+        let db = build.set_cache_size(CACHE_LEN).create_with_backend(memory).map_err(wrap)?;
+        Ok(Index::with(db, true)?.0)
+    }
+
     /// All places where the object stands, as far as is known.
     pub fn names(&self, fid: Fid) -> Result<Vec<At>, IndexError> {
         if let Some(at) = self.fresh().names.get(&fid) {

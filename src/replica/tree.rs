@@ -51,6 +51,9 @@ pub enum TreeError {
 }
 
 impl TreeError {
+    pub fn is_no_xattrs(&self) -> bool {
+        matches!(self, TreeError::NoXattrs { .. })
+    }
     /// The error number that an application sees.
     pub fn errno(&self) -> Errno {
         match self {
@@ -138,9 +141,24 @@ impl Tree {
         let meta = known.unwrap_or_else(|| Meta { fid: ROOT, ..Meta::default() });
         fs::xattr::set(&fd, b"", key, &meta.encode(), 0).map_err(|e| no_xattrs(root, key, e))?;
         let (index, anew) = Index::open(index)?;
+        Ok(Tree { is_new, ..Tree::with(fd, meta, key, index, clean && !anew) })
+    }
+
+    /// The tree at `root`, with an index that its caller fills. Changes nothing there.
+    pub fn look(root: &Path, index: Index) -> Result<Tree> {
+        let at_root = |source| TreeError::Root { path: root.to_owned(), source };
+        let fd = fs::open_root(root).map_err(at_root)?;
+        let key: &[u8] = if sys::cred::is_root() { b"trusted.imz" } else { b"user.imz" };
+        let known = fs::xattr::get(&fd, b"", key).map_err(|e| no_xattrs(root, key, e))?;
+        let meta = known.map(|value| Meta::decode(&value)).transpose()?;
+        let meta = meta.unwrap_or_else(|| Meta { fid: ROOT, ..Meta::default() });
+        Ok(Tree::with(fd, meta, key, index, true))
+    }
+
+    fn with(fd: OwnedFd, meta: Meta, key: &'static [u8], index: Index, certain: bool) -> Tree {
         let dir = Dir { fid: ROOT, fd, meta: Mutex::new(meta), path: Mutex::new(None) };
         let capacity = NonZeroUsize::new(DIRS_MAX).unwrap_or(NonZeroUsize::MIN);
-        Ok(Tree {
+        Tree {
             root: Arc::new(dir),
             limbo: OnceLock::new(),
             key,
@@ -148,11 +166,11 @@ impl Tree {
             dirs: Mutex::new(LruCache::new(capacity)),
             names: (0..LOCKS).map(|_| Mutex::new(())).collect(),
             objects: (0..LOCKS).map(|_| Mutex::new(())).collect(),
-            certain: Mutex::new(clean && !anew),
+            certain: Mutex::new(certain),
             moving: RwLock::new(()),
             moves: AtomicU64::new(0),
-            is_new,
-        })
+            is_new: false,
+        }
     }
 
     /// The key of imz's own attribute, to be hidden from applications.

@@ -112,7 +112,9 @@ pub mod o {
 }
 
 fn oflags(flags: i32) -> OFlags {
-    OFlags::from_bits_retain(flags as u32) | OFlags::CLOEXEC | OFlags::NOCTTY
+    let flags = OFlags::from_bits_retain(flags as u32) | OFlags::CLOEXEC;
+    // openat2(2) takes few flags beside O_PATH
+    if flags.contains(OFlags::PATH) { flags } else { flags | OFlags::NOCTTY }
 }
 
 /// Opens a directory by an ordinary path, following links: for roots given by the user.

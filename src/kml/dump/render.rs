@@ -21,7 +21,7 @@ fn rfc3339(time_ns: u64) -> String {
 }
 
 /// Bytes as one word without blanks.
-fn plain(bytes: &[u8]) -> String {
+pub fn plain(bytes: &[u8]) -> String {
     match str::from_utf8(bytes) {
         Ok("") => "\"\"".to_string(),
         Ok(text)
@@ -142,6 +142,13 @@ pub fn json(entry: &Entry) -> Value {
     }
     put_op(&mut out, &record.op);
     Value::Object(out)
+}
+
+/// Puts a path into an object, as every entry has it.
+pub fn put_path(out: &mut Value, path: &[u8]) {
+    if let Value::Object(out) = out {
+        put_bytes(out, "path", path);
+    }
 }
 
 fn put_bytes(out: &mut Map<String, Value>, key: &str, bytes: &[u8]) {
