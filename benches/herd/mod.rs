@@ -126,6 +126,7 @@ type No = usize;
 
 /// A message that came, but for what the herd answers by itself.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // one at a time, and most are answers
 enum Got {
     Answer {
         client: No,

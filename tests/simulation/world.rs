@@ -59,6 +59,7 @@ pub enum Later {
     Go(usize),
 }
 
+#[allow(clippy::large_enum_variant)] // few wait at a time, and most are messages
 pub enum Event {
     Step(usize),
     Accept { conn: usize },

@@ -351,7 +351,7 @@ fn size_text(bytes: u64) -> Value {
     let units = ["", "K", "M", "G", "T"];
     let mut at = 0;
     let mut number = bytes;
-    while number > 0 && number % 1024 == 0 && at + 1 < units.len() {
+    while number > 0 && number.is_multiple_of(1024) && at + 1 < units.len() {
         number /= 1024;
         at += 1;
     }

@@ -127,7 +127,7 @@ fn a_change_leaves_the_rest_as_it_is() {
     let text = edit(WHOLE, &rename).unwrap();
     assert_eq!(text, WHOLE.replace("\"doc\"", "\"docs\"").replace("/fast/doc", "/s/doc"));
     let text = edit(WHOLE, &Edit::Remove("doc")).unwrap();
-    assert!(text.starts_with(&WHOLE[..WHOLE.find("# for all").unwrap()].trim_end()), "{text}");
+    assert!(text.starts_with(WHOLE[..WHOLE.find("# for all").unwrap()].trim_end()), "{text}");
     assert_eq!(parse(&text).unwrap().volumes.len(), 1);
     // and with nothing left
     let text = edit(&text, &Edit::Remove("photos")).unwrap();
