@@ -215,8 +215,11 @@ impl Volume {
             Op::Store { .. } => Ok(true),
             Op::Setattr { fid, .. } | Op::Setxattr { fid, .. } | Op::Removexattr { fid, .. } => {
                 match self.tree.find(*fid) {
-                    Ok(_) => Ok(true),
-                    Err(TreeError::Gone(_)) => Ok(*fid == ROOT), // redone as well: it was removed
+                    // a directory has no contents, and its time is that of a later record
+                    Ok((dir, name, _)) => {
+                        Ok(fs::stat(&*dir, name.as_bytes())?.kind() == fs::Kind::File)
+                    }
+                    Err(TreeError::Gone(_)) => Ok(false), // redone as well: it was removed
                     Err(e) => Err(e.into()),
                 }
             }

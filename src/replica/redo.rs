@@ -84,6 +84,14 @@ impl Volume {
             Op::Setattr { .. } | Op::Setxattr { .. } | Op::Removexattr { .. } => true,
         };
         if !missing {
+            // An older record that was done again may have set its directory's time since.
+            for place in record.op.places().into_iter().flatten() {
+                match self.dir(place.dir) {
+                    Ok(dir) => self.tree.touch(&dir, time_of_ns(record.time_ns))?,
+                    Err(VolumeError::Gone(_) | VolumeError::NotADir) => {}
+                    Err(e) => return Err(e),
+                }
+            }
             return Ok(true);
         }
         match self.perform(record, Content::None, stamp) {
