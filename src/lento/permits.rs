@@ -744,7 +744,8 @@ impl Server {
             }
             let moved = self.peers.get(conn).map(|peer| {
                 // What it let go is here, and waits for others: no fault of its own.
-                let here = letting.released.as_ref().is_some_and(|r| r.upto <= peer.expected);
+                let reached = |r: &Released| !peer.is_stuck && r.upto <= peer.expected;
+                let here = letting.released.as_ref().is_some_and(reached);
                 let moved_at = if here { now } else { peer.moved_at };
                 moved_at + lease
             });

@@ -332,7 +332,9 @@ impl Server {
 
     pub(super) fn on_data(&mut self, conn: ConnId, id: u64, data: Data, now: Instant) {
         let Some(peer) = self.peers.get_mut(&conn) else { return };
-        peer.moved_at = now;
+        if !peer.is_stuck {
+            peer.moved_at = now;
+        }
         let volume = peer.volume;
         let Some(read) = peer.reads.remove(&id) else { return };
         if data.at != read.piece.at || data.bytes.len() > read.piece.len as usize {
@@ -475,7 +477,9 @@ impl Server {
             }
             self.on_made(volume, conn, (&made, &gone), now);
             if let Some(peer) = self.peers.get_mut(&conn) {
-                (peer.moved_at, peer.applied) = (now, peer.applied.max(upto));
+                if upto > peer.applied {
+                    (peer.moved_at, peer.applied, peer.is_stuck) = (now, upto, false);
+                }
                 let node = peer.node;
                 self.on_reached(conn, upto, now);
                 self.has_come(volume, node, upto, now);
@@ -582,7 +586,7 @@ impl Server {
     /// The client goes on after `expected`: the batches from the `at`th on must be sent again.
     fn drop_from(&mut self, conn: ConnId, at: usize, expected: Seq) {
         let Some(peer) = self.peers.get_mut(&conn) else { return };
-        peer.expected = expected;
+        (peer.expected, peer.is_stuck) = (expected, true);
         for batch in peer.batches.split_off(at) {
             self.fail(conn, batch.id, Code::Gap, "a batch before it failed");
             self.forget(conn, batch);

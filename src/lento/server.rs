@@ -187,6 +187,8 @@ pub(super) struct Peer {
     heard_at: Instant,
     /// when something came of what it ships
     pub(super) moved_at: Instant,
+    /// what it ships could not be taken: to offer it again is no progress
+    pub(super) is_stuck: bool,
     pub(super) host: String,
     hello_id: u64,
     /// of a ping whose answer rests
@@ -336,6 +338,7 @@ impl Server {
             opened_at: now,
             heard_at: now,
             moved_at: now,
+            is_stuck: false,
             host: String::new(),
             hello_id: 0,
             ping: None,
