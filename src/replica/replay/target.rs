@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ReplayError;
-use crate::kml::record::{Fid, NODE_MAX, Name, ROOT};
+use crate::kml::record::{FID_COUNTER_BITS, Fid, NODE_MAX, Name, ROOT};
 use crate::replica::index::Index;
 use crate::replica::meta::Meta;
 use crate::replica::state::{self, Facts, State, StateError};
@@ -169,6 +169,10 @@ impl Target {
                 return Ok(false);
             }
             if self.tree.meta(&dir, name)?.is_none() {
+                // a hostile tree may have the last of these numbers
+                if self.next_stand_in >> FID_COUNTER_BITS != 0 {
+                    return Ok(false);
+                }
                 let stand_in = Fid::new(STAND_IN, self.next_stand_in);
                 self.next_stand_in += 1;
                 self.name_it(&dir, name, stand_in)?;
