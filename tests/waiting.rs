@@ -53,7 +53,7 @@ fn end(child: &mut Child) -> (ExitStatus, Duration) {
 #[test]
 fn who_waits_for_the_server_can_be_killed() {
     let Some((_disk, server, a)) = silent() else { return };
-    for signal in ["KILL", "TERM", "INT"] {
+    for signal in ["KILL", "TERM", "USR1"] {
         let mut child = reader(&a.at("one"));
         sleeps(&child);
         common::run(&["kill", "-s", signal, &child.id().to_string()]);
