@@ -120,22 +120,7 @@ impl Rig {
     fn welcome_with(&mut self, acked: u64, mode: Mode) {
         let hello = self.sent().pop().unwrap();
         assert!(matches!(hello.1, Message::Hello(_)), "{hello:?}");
-        let volume = "v".into();
-        let (stamp, volume_id) = (Stamp(50), [2; 16]);
-        let acked = Seq(acked);
-        self.answer(
-            hello.0,
-            Welcome {
-                version: VERSION,
-                volume_id,
-                node: 3,
-                acked,
-                stamp,
-                volume,
-                seen: acked,
-                read_only: false,
-            },
-        );
+        self.answer(hello.0, welcome(acked, 50));
         let since = self.sent().pop().unwrap();
         assert_eq!(since.1, Since { stamp: self.client.current(), read_all: false }.into());
         let changes =
@@ -159,26 +144,19 @@ fn bytes(fid: Fid, need: &[u64], ahead: &[u64]) -> Want {
     Want::Bytes(Bytes { fid, stamp, granule_len, base_size, need, ahead })
 }
 
+/// What a server says to a client that it knows, which has all that the server knows of it.
+fn welcome(acked: u64, stamp: u64) -> Welcome {
+    let (version, volume_id, volume) = (VERSION, [2; 16], "v".to_owned());
+    let (acked, stamp) = (Seq(acked), Stamp(stamp));
+    Welcome { version, volume_id, node: 3, acked, stamp, volume, seen: acked, read_only: false }
+}
+
 #[test]
 fn catches_up_before_it_is_online() {
     let mut rig = Rig::new(0, 0);
     rig.connect();
     let hello = rig.sent().pop().unwrap();
-    let (volume_id, volume) = ([2; 16], "v".to_owned());
-    let (stamp, acked) = (Stamp(60), Seq(0));
-    rig.answer(
-        hello.0,
-        Welcome {
-            version: VERSION,
-            volume_id,
-            node: 3,
-            acked,
-            stamp,
-            volume,
-            seen: acked,
-            read_only: false,
-        },
-    );
+    rig.answer(hello.0, welcome(0, 60));
     let since = rig.sent().pop().unwrap();
     rig.answer(
         since.0,
@@ -208,20 +186,7 @@ fn a_server_that_is_not_ours_is_refused() {
         let mut rig = Rig::new(0, 0);
         rig.connect();
         let hello = rig.sent().pop().unwrap();
-        let (stamp, acked, volume) = (Stamp(60), Seq(acked), "v".into());
-        rig.answer(
-            hello.0,
-            Welcome {
-                version,
-                volume_id,
-                node,
-                acked,
-                stamp,
-                volume,
-                seen: acked,
-                read_only: false,
-            },
-        );
+        rig.answer(hello.0, Welcome { version, volume_id, node, ..welcome(acked, 60) });
         let effects = rig.effects();
         assert!(
             effects.iter().any(|e| matches!(e, Effect::Refused { code: c, .. } if *c == code)),
@@ -656,21 +621,7 @@ fn after_a_reconnect_it_sends_what_the_server_does_not_have() {
     rig.pass(200);
     rig.client.on_connected(rig.now);
     let hello = rig.sent().pop().unwrap();
-    let (stamp, volume_id) = (Stamp(50), [2; 16]);
-    let (acked, volume) = (Seq(10), "v".into());
-    rig.answer(
-        hello.0,
-        Welcome {
-            version: VERSION,
-            volume_id,
-            node: 3,
-            acked,
-            stamp,
-            volume,
-            seen: acked,
-            read_only: false,
-        },
-    );
+    rig.answer(hello.0, welcome(10, 50));
     let effects = rig.effects();
     let acked = Effect::Acked { upto: Seq(10), stamps: vec![], conflicts: vec![] };
     assert!(effects.contains(&acked) && effects.contains(&Effect::RestartShipping));
@@ -697,21 +648,7 @@ fn what_the_server_may_have_is_not_optimised_with_what_is_new() {
         rig.pass(200);
         rig.client.on_connected(rig.now);
         let hello = rig.sent().pop().unwrap();
-        let (stamp, volume_id, volume) = (Stamp(50), [2; 16], "v".into());
-        let acked = Seq(0);
-        rig.answer(
-            hello.0,
-            Welcome {
-                version: VERSION,
-                volume_id,
-                node: 3,
-                acked,
-                stamp,
-                volume,
-                seen,
-                read_only: false,
-            },
-        );
+        rig.answer(hello.0, Welcome { seen, ..welcome(0, 50) });
         let since = rig.sent().pop().unwrap();
         let (upto, volume) = (Stamp(50), Mode::Read);
         rig.answer(since.0, Changes { fids: vec![], upto, more: false, lost: false, volume });
@@ -764,21 +701,7 @@ fn a_server_from_an_older_backup_gets_what_is_left() {
     let mut rig = Rig::new(20, 30);
     rig.connect();
     let hello = rig.sent().pop().unwrap();
-    let (stamp, volume_id) = (Stamp(50), [2; 16]);
-    let (acked, volume) = (Seq(12), "v".into());
-    rig.answer(
-        hello.0,
-        Welcome {
-            version: VERSION,
-            volume_id,
-            node: 3,
-            acked,
-            stamp,
-            volume,
-            seen: acked,
-            read_only: false,
-        },
-    );
+    rig.answer(hello.0, welcome(12, 50));
     let effects = rig.effects();
     assert!(effects.contains(&Effect::ServerBehind { theirs: Seq(12), ours: Seq(20) }));
     let Some(Effect::Send { id, .. }) = effects.last() else { panic!("{effects:?}") };
@@ -886,21 +809,7 @@ fn what_is_recalled_while_catching_up_does_not_come_with_the_volume() {
     let mut rig = Rig::new(0, 0);
     rig.connect();
     let hello = rig.sent().pop().unwrap();
-    let (volume_id, volume) = ([2; 16], "v".to_owned());
-    let (stamp, acked) = (Stamp(60), Seq(0));
-    rig.answer(
-        hello.0,
-        Welcome {
-            version: VERSION,
-            volume_id,
-            node: 3,
-            acked,
-            stamp,
-            volume,
-            seen: acked,
-            read_only: false,
-        },
-    );
+    rig.answer(hello.0, welcome(0, 60));
     let since = rig.sent().pop().unwrap();
     rig.client.on_message(7, false, Recall { fids: vec![A], mode: Mode::Read }.into(), rig.now);
     let (upto, volume) = (Stamp(60), Mode::Write);
