@@ -13,7 +13,7 @@ use similar::TextDiff;
 
 use super::place::{self, Place};
 use super::{Exit, fail, print};
-use crate::cli::{
+use crate::cli::conflicts::{
     ConflictChoice, ConflictsArgs, ConflictsCommand, ConflictsDiffArgs, ConflictsListArgs,
     ConflictsResolveArgs, ConflictsShowArgs,
 };

@@ -9,7 +9,7 @@ use anyhow::Context;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 use super::{Exit, fail, place, print};
-use crate::cli::EvictArgs;
+use crate::cli::keep::EvictArgs;
 use crate::net::control;
 use crate::net::control::keep::{self, Evicted};
 use crate::replica::pins::to_hex;

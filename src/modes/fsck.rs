@@ -9,7 +9,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use crate::cli::FsckArgs;
+use crate::cli::check::FsckArgs;
 use crate::replica::fsck::{self, Finding, FsckError, House, Report, Severity, Watch};
 use crate::sys::daemon::Signals;
 

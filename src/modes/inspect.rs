@@ -9,7 +9,7 @@ use indicatif::HumanBytes;
 use serde_json::Value;
 
 use super::{Exit, fail, place, print};
-use crate::cli::InspectArgs;
+use crate::cli::check::InspectArgs;
 use crate::kml::codec::SEGMENT_MAGIC;
 use crate::kml::dump::{Dump, Options};
 use crate::kml::store::segments_in;

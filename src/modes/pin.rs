@@ -10,7 +10,7 @@ use anyhow::Context;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 use super::{Exit, fail, place, print};
-use crate::cli::PinArgs;
+use crate::cli::keep::PinArgs;
 use crate::net::control::keep::{self, PinState};
 use crate::replica::pins::to_hex;
 use crate::sys;

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::journal::{self, bound};
 use super::{Exit, Failure, fail};
-use crate::cli::ReplayArgs;
+use crate::cli::replay::ReplayArgs;
 use crate::kml::codec::Entry;
 use crate::kml::dump::{Bound, Dump, Options, render};
 use crate::kml::record::Seq;

@@ -3,7 +3,7 @@
 use anyhow::Context;
 
 use super::{Exit, fail, place};
-use crate::cli::UnpinArgs;
+use crate::cli::keep::UnpinArgs;
 use crate::net::control::keep;
 use crate::replica::pins::to_hex;
 
