@@ -314,7 +314,7 @@ impl Server {
         }
     }
     /// The volume that a client has.
-    pub fn volume_of(&self, conn: ConnId) -> Option<VolumeNo> {
+    pub fn volume_at(&self, conn: ConnId) -> Option<VolumeNo> {
         let peer = self.peers.get(&conn)?;
         (peer.state == State::Live).then_some(peer.volume)
     }

@@ -407,7 +407,7 @@ impl Server {
     }
     /// A decision about a conflict: first it is looked at what it would change.
     fn resolve(&mut self, conn: ConnId, id: u64, ask: Resolve, now: Instant) {
-        let touched = match self.machine.volume_of(conn) {
+        let touched = match self.machine.volume_at(conn) {
             Some(volume) => {
                 let choice = conflicts::choice(&ask.choice);
                 let touched = self.volumes[volume].conflict_touches(&ask.id, &choice);
