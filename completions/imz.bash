@@ -22,8 +22,14 @@ _imz() {
             imz,evict)
                 cmd="imz__subcmd__evict"
                 ;;
+            imz,fsck)
+                cmd="imz__subcmd__fsck"
+                ;;
             imz,help)
                 cmd="imz__subcmd__help"
+                ;;
+            imz,inspect)
+                cmd="imz__subcmd__inspect"
                 ;;
             imz,kml)
                 cmd="imz__subcmd__kml"
@@ -88,8 +94,14 @@ _imz() {
             imz__subcmd__help,evict)
                 cmd="imz__subcmd__help__subcmd__evict"
                 ;;
+            imz__subcmd__help,fsck)
+                cmd="imz__subcmd__help__subcmd__fsck"
+                ;;
             imz__subcmd__help,help)
                 cmd="imz__subcmd__help__subcmd__help"
+                ;;
+            imz__subcmd__help,inspect)
+                cmd="imz__subcmd__help__subcmd__inspect"
                 ;;
             imz__subcmd__help,kml)
                 cmd="imz__subcmd__help__subcmd__kml"
@@ -203,7 +215,7 @@ _imz() {
 
     case "${cmd}" in
         imz)
-            opts="-v -h -V --verbose --help --version serve mount umount sync status pin unpin evict conflicts kml volume help"
+            opts="-v -h -V --verbose --help --version serve mount umount sync status pin unpin evict conflicts kml inspect fsck volume help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -388,8 +400,26 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__fsck)
+            opts="-v -h -V --state --repair --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --state)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__help)
-            opts="serve mount umount sync status pin unpin evict conflicts kml volume help"
+            opts="serve mount umount sync status pin unpin evict conflicts kml inspect fsck volume help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -486,7 +516,35 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__help__subcmd__fsck)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__help__subcmd__help)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        imz__subcmd__help__subcmd__inspect)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -710,6 +768,20 @@ _imz() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        imz__subcmd__inspect)
+            opts="-v -h -V --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         imz__subcmd__kml)
             opts="-v -h -V --verbose --help --version dump help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -833,7 +905,7 @@ _imz() {
             return 0
             ;;
         imz__subcmd__serve)
-            opts="-v -h -V --listen --state --config --check-config --verbose --help --version"
+            opts="-v -h -V --listen --state --config --check-config --keep-grant --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -852,6 +924,10 @@ _imz() {
                     return 0
                     ;;
                 --check-config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --keep-grant)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -134,6 +134,7 @@ impl Rig {
                 volume,
                 seen: acked,
                 read_only: false,
+                room: None,
             },
         );
         let since = self.sent().pop().unwrap();
@@ -177,6 +178,7 @@ fn catches_up_before_it_is_online() {
             volume,
             seen: acked,
             read_only: false,
+            room: None,
         },
     );
     let since = rig.sent().pop().unwrap();
@@ -220,6 +222,7 @@ fn a_server_that_is_not_ours_is_refused() {
                 volume,
                 seen: acked,
                 read_only: false,
+                room: None,
             },
         );
         let effects = rig.effects();
@@ -669,6 +672,7 @@ fn after_a_reconnect_it_sends_what_the_server_does_not_have() {
             volume,
             seen: acked,
             read_only: false,
+            room: None,
         },
     );
     let effects = rig.effects();
@@ -709,6 +713,7 @@ fn what_the_server_may_have_is_not_optimised_with_what_is_new() {
                 stamp,
                 volume,
                 seen,
+                room: None,
                 read_only: false,
             },
         );
@@ -777,6 +782,7 @@ fn a_server_from_an_older_backup_gets_what_is_left() {
             volume,
             seen: acked,
             read_only: false,
+            room: None,
         },
     );
     let effects = rig.effects();
@@ -899,6 +905,7 @@ fn what_is_recalled_while_catching_up_does_not_come_with_the_volume() {
             volume,
             seen: acked,
             read_only: false,
+            room: None,
         },
     );
     let since = rig.sent().pop().unwrap();
