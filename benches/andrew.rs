@@ -1,6 +1,11 @@
 //! An Andrew-style benchmark: a real source tree in a mount, and in the bare file system below.
 //!
 //!   cargo bench --bench andrew -- SOURCE_TREE [--rounds N] [--dir WHERE] [--json]
+//!                                 [--options OPTS] [--against OPTS] [--server-mib N]
+//!
+//! `--options` are the mount's; with `--against` the other side is no bare file system but a second
+//! mount with these (`--against reserve=off`). `--server-mib` makes the servers' disks so large that
+//! room is scarce, or not.
 //!
 //! As root, each side gets an ext4 image of its own in /dev/shm (or in WHERE, on any disk);
 //! otherwise both work in WHERE. Server and mount are processes of the release binary. The two
@@ -46,6 +51,10 @@ struct Args {
     rounds: usize,
     dir: Option<PathBuf>,
     json: bool,
+    options: String,
+    /// options of a second mount, in place of the bare side
+    against: Option<String>,
+    server_mib: u64,
 }
 
 fn main() {
@@ -86,13 +95,24 @@ fn main() {
 }
 
 fn arguments() -> Option<Args> {
-    let mut args = Args { tree: PathBuf::new(), rounds: 5, dir: None, json: false };
+    let mut args = Args {
+        tree: PathBuf::new(),
+        rounds: 5,
+        dir: None,
+        json: false,
+        options: String::new(),
+        against: None,
+        server_mib: 8 << 10,
+    };
     let mut words = std::env::args_os().skip(1);
     while let Some(word) = words.next() {
         match word.to_str() {
             Some("--bench" | "--test") => {}
             Some("--json") => args.json = true,
             Some("--rounds") => args.rounds = words.next()?.to_str()?.parse().ok()?,
+            Some("--options") => args.options = words.next()?.into_string().ok()?,
+            Some("--against") => args.against = Some(words.next()?.into_string().ok()?),
+            Some("--server-mib") => args.server_mib = words.next()?.to_str()?.parse().ok()?,
             Some("--dir") => args.dir = Some(words.next()?.into()),
             Some(word) if word.starts_with('-') => return None,
             _ => args.tree = word.into(),
@@ -108,12 +128,17 @@ struct Work {
     tree: PathBuf,
     stop: Arc<AtomicBool>,
     roots: [PathBuf; 2],
-    server: Child,
-    mount: Child,
-    point: PathBuf,
+    mounts: Vec<Mounted>,
     images: Vec<PathBuf>,
     base: PathBuf,
     is_root: bool,
+}
+
+/// A server, and its one mount.
+struct Mounted {
+    server: Child,
+    mount: Child,
+    point: PathBuf,
 }
 
 fn imz() -> &'static str {
@@ -130,39 +155,30 @@ impl Work {
         let base =
             tempfile::Builder::new().prefix("imz-andrew-").tempdir_in(holder).unwrap().keep();
         let (mut images, mut disks) = (Vec::new(), Vec::new());
-        for name in ["bare", "cache", "server"] {
+        for name in ["bare", "cache", "server", "server-2"] {
             let disk = base.join(name);
             fs::create_dir(&disk).unwrap();
             if is_root {
                 images.push(disk.clone());
-                make_disk(&base.join(format!("{name}.img")), &disk);
+                let mib = if name.starts_with("server") { args.server_mib } else { 16 << 10 };
+                make_disk(&base.join(format!("{name}.img")), &disk, mib);
             }
             disks.push(disk);
         }
-        let (served, state) = (disks[2].join("served"), disks[2].join("state"));
-        let (cache, point) = (disks[1].join("cache"), base.join("mount"));
-        for dir in [&served, &state, &cache, &point] {
-            fs::create_dir(dir).unwrap();
+        let tree = args.tree.canonicalize().unwrap();
+        let mut mounts = vec![mounted(&base, "mount", &disks[1], &disks[2], &args.options)];
+        let mut roots = [disks[0].join("work"), mounts[0].point.join("work")];
+        if let Some(options) = &args.against {
+            mounts.push(mounted(&base, "mount-2", &disks[0], &disks[3], options));
+            roots[0] = mounts[1].point.join("work");
         }
-        let (server, port) = start_server(&served, &state, &base.join("server.log"));
-        let mount = Command::new(imz())
-            .args(["mount", "-f", &format!("127.0.0.1:{port}:/andrew")])
-            .arg(&point)
-            .arg("--cache")
-            .arg(&cache)
-            .stderr(File::create(base.join("mount.log")).unwrap())
-            .spawn()
-            .unwrap();
-        let (bare, tree) = (disks[0].join("work"), args.tree.canonicalize().unwrap());
-        let roots = [bare, point.join("work")];
-        let work = Work { tree, stop, roots, server, mount, point, images, base, is_root };
-        let up = || Command::new(imz()).arg("status").arg(&work.point).output().unwrap().status;
-        wait(|| up().success());
-        work
+        Work { tree, stop, roots, mounts, images, base, is_root }
     }
 
     fn sync(&self) {
-        run(Command::new(imz()).arg("sync").arg(&self.point).stderr(Stdio::null()));
+        for mounted in &self.mounts {
+            run(Command::new(imz()).arg("sync").arg(&mounted.point).stderr(Stdio::null()));
+        }
     }
 
     /// Seconds that one phase took on one side.
@@ -214,7 +230,7 @@ impl Work {
         fs::write(&path, vec![7; FILE_LEN]).unwrap();
         let file = File::options().read(true).write(true).open(&path).unwrap();
         file.sync_all().unwrap();
-        if side == 1 {
+        if side == 1 || self.mounts.len() == 2 {
             self.sync();
         }
         let mut bytes = vec![9; 1 << 20];
@@ -259,15 +275,16 @@ impl Work {
 
 impl Drop for Work {
     fn drop(&mut self) {
-        let _ = Command::new(imz()).args(["umount", "--now"]).arg(&self.point).status();
-        let _ = self.mount.kill();
-        let _ = self.mount.wait();
-        if self.is_root {
-            let _ =
-                Command::new("umount").arg("-l").arg(&self.point).stderr(Stdio::null()).status();
+        for Mounted { server, mount, point } in &mut self.mounts {
+            let _ = Command::new(imz()).args(["umount", "--now"]).arg(&*point).status();
+            let _ = mount.kill();
+            let _ = mount.wait();
+            if self.is_root {
+                let _ = Command::new("umount").arg("-l").arg(point).stderr(Stdio::null()).status();
+            }
+            let _ = server.kill();
+            let _ = server.wait();
         }
-        let _ = self.server.kill();
-        let _ = self.server.wait();
         for image in &self.images {
             let _ = Command::new("umount").arg("-l").arg(image).status();
         }
@@ -280,8 +297,29 @@ impl Drop for Work {
     }
 }
 
-fn make_disk(image: &Path, point: &Path) {
-    File::create(image).unwrap().set_len(8 << 30).unwrap();
+/// A server on one disk, mounted as `name` with its cache on the other.
+fn mounted(base: &Path, name: &str, disk: &Path, served: &Path, options: &str) -> Mounted {
+    let (served, state) = (served.join("served"), served.join("state"));
+    let (cache, point) = (disk.join("cache"), base.join(name));
+    for dir in [&served, &state, &cache, &point] {
+        fs::create_dir(dir).unwrap();
+    }
+    let (server, port) = start_server(&served, &state, &base.join(format!("{name}-server.log")));
+    let mut mount = Command::new(imz());
+    mount.args(["mount", "-f", &format!("127.0.0.1:{port}:/andrew")]).arg(&point);
+    mount.arg("--cache").arg(&cache);
+    if !options.is_empty() {
+        mount.args(["-o", options]);
+    }
+    let log = File::create(base.join(format!("{name}.log"))).unwrap();
+    let mount = mount.stderr(log).spawn().unwrap();
+    let up = || Command::new(imz()).arg("status").arg(&point).output().unwrap().status;
+    wait(|| up().success());
+    Mounted { server, mount, point }
+}
+
+fn make_disk(image: &Path, point: &Path, mib: u64) {
+    File::create(image).unwrap().set_len(mib << 20).unwrap();
     run(Command::new("mkfs.ext4").args(["-F", "-q"]).arg(image));
     run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(point));
 }

@@ -955,7 +955,7 @@ _imz() {
             return 0
             ;;
         imz__subcmd__serve)
-            opts="-v -h -V --listen --state --config --check-config --verbose --help --version"
+            opts="-v -h -V --listen --state --config --check-config --keep-grant --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -974,6 +974,10 @@ _imz() {
                     return 0
                     ;;
                 --check-config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --keep-grant)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -46,6 +46,7 @@ complete -c imz -n "__fish_imz_using_subcommand serve" -l listen -d 'The address
 complete -c imz -n "__fish_imz_using_subcommand serve" -l state -d 'Where imz keeps its own state of the volume: journal, index, lock' -r -F
 complete -c imz -n "__fish_imz_using_subcommand serve" -l config -d 'Read what to serve, and how, from a file; see below' -r -F
 complete -c imz -n "__fish_imz_using_subcommand serve" -l check-config -d 'Say every error in such a file, by its line, and serve nothing' -r -F
+complete -c imz -n "__fish_imz_using_subcommand serve" -l keep-grant -d 'How long the room that a client was granted is kept for it while it is away' -r
 complete -c imz -n "__fish_imz_using_subcommand serve" -s v -l verbose -d 'Say more on standard error; twice for debugging, three times for a trace'
 complete -c imz -n "__fish_imz_using_subcommand serve" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c imz -n "__fish_imz_using_subcommand serve" -s V -l version -d 'Print version'

@@ -179,6 +179,14 @@ pub struct ServeArgs {
     /// The exit code is 0 when there is none, and 2 otherwise.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["exports", "config", "listen", "state"])]
     pub check_config: Option<PathBuf>,
+    /// How long the room that a client was granted is kept for it while it is away
+    ///
+    /// Each client is granted room before it writes, so that what it wrote finds its place here. A
+    /// client that is away may write that much. One that stays away for longer loses what it has
+    /// not used, and stops writing about then by itself. See imz-space(7).
+    #[arg(long, value_name = "DURATION", default_value = "7d")]
+    #[arg(value_parser = options::duration)]
+    pub keep_grant: Duration,
 }
 
 /// Mount a volume, or put a write-back cache before a directory
@@ -223,6 +231,13 @@ Mount options:
                      echo Y > /sys/module/fuse/parameters/enable_uring
   uring=on           the same, or the mount fails
   uring=off          requests come by /dev/fuse
+  reserve=on         room at the server is set aside before anything is written (default);
+                     see imz-space(7)
+  reserve=off        nothing is reserved: for benchmarks
+  offline-space=granted
+                     while the server is away, no more is written than was granted (default)
+  offline-space=optimistic
+                     more is written, in the hope that there will be room for it
   suid, nosuid, dev, nodev, exec, noexec, atime, noatime
                      as in mount(8)
   defaults, auto, noauto, user, users, nofail, _netdev, relatime, x-* and the like

@@ -61,7 +61,7 @@ fn page(name: &str, command: clap::Command) -> Vec<u8> {
     let others = "imz(1), imz-serve(1), imz-mount(1), imz-umount(1), imz-sync(1), imz-status(1), \
                   imz-pin(1), imz-unpin(1), imz-evict(1), imz-conflicts(1), imz-volume(1), \
                   imz-inspect(1), imz-fsck(1), imz-replay(1), imz-kml-dump(1), imz-kml(5), imz-coherence(7), \
-                  imz-conflicts(7)";
+                  imz-conflicts(7), imz-space(7)";
     let others: Vec<&str> = others.split(", ").filter(|it| *it != format!("{name}(1)")).collect();
     page.extend_from_slice(roff(&format!("See also:\n\n{}\n", others.join(", "))).as_bytes());
     page

@@ -169,6 +169,7 @@ fn greeting(volume: &str, incarnation: u8) -> msg::Hello {
         pending: Seq(0),
         keeps: false,
         locks: false,
+        room: None,
     }
 }
 

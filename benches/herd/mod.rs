@@ -467,5 +467,6 @@ fn greeting(incarnation: [u8; 16]) -> msg::Hello {
         pending: Seq(0),
         keeps: false,
         locks: false,
+        room: None,
     }
 }

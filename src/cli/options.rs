@@ -345,6 +345,24 @@ pub enum Uring {
     Off,
 }
 
+/// Whether room is reserved at the server before anything is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Reserve {
+    #[default]
+    On,
+    Off,
+}
+
+/// What may be written while the server is away.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum OfflineSpace {
+    /// what was granted
+    #[default]
+    Granted,
+    /// as much as the cache holds, in the hope that there will be room
+    Optimistic,
+}
+
 /// One element of `-o`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum MountOption {
@@ -361,6 +379,8 @@ pub enum MountOption {
     Coherence(Coherence),
     Uring(Uring),
     Offline(Offline),
+    Reserve(Reserve),
+    OfflineSpace(OfflineSpace),
     Cache(PathBuf),
     CacheMax(u64),
     /// known, and no business of ours
@@ -371,7 +391,7 @@ pub enum MountOption {
 const KNOWN: &str = "ro, rw, sync, async, allow_other, cache=DIR, cache-max=SIZE, age=DURATION, \
                      timeout=DURATION, offline=error|wait, \
                      passthrough=auto|off, coherence=close-to-open|strict|session, \
-                     uring=auto|on|off, suid, nosuid, dev, nodev, exec, noexec, atime, noatime";
+                     uring=auto|on|off, reserve=on|off, offline-space=granted|optimistic, suid, nosuid, dev, nodev, exec, noexec, atime, noatime";
 
 /// What mount(8) and fstab(5) pass and handle by themselves, or what changes nothing here.
 const IGNORED: [&str; 27] = [
@@ -421,7 +441,7 @@ impl MountOption {
         match (&*name, value) {
             (
                 "age" | "timeout" | "passthrough" | "coherence" | "uring" | "cache" | "cache-max"
-                | "offline",
+                | "offline" | "reserve" | "offline-space",
                 None,
             ) => bad(format!("it needs a value: {name}=...")),
             ("cache", Some([])) => bad("it needs a value: cache=DIR"),
@@ -455,6 +475,14 @@ impl MountOption {
             ("uring", "on") => Ok(MountOption::Uring(Uring::On)),
             ("uring", "off") => Ok(MountOption::Uring(Uring::Off)),
             ("uring", _) => bad("uring is auto, on or off"),
+            ("reserve", "on") => Ok(MountOption::Reserve(Reserve::On)),
+            ("reserve", "off") => Ok(MountOption::Reserve(Reserve::Off)),
+            ("reserve", _) => bad("reserve is on or off"),
+            ("offline-space", "granted") => Ok(MountOption::OfflineSpace(OfflineSpace::Granted)),
+            ("offline-space", "optimistic") => {
+                Ok(MountOption::OfflineSpace(OfflineSpace::Optimistic))
+            }
+            ("offline-space", _) => bad("offline-space is granted or optimistic"),
             _ if MountOption::flag(name).is_ok() => bad(format!("{name} takes no value")),
             _ => bad(format!("unknown option {name}; known are {KNOWN}")),
         }
@@ -499,6 +527,8 @@ pub struct MountOptions {
     pub coherence: Coherence,
     pub uring: Uring,
     pub offline: Offline,
+    pub reserve: Reserve,
+    pub offline_space: OfflineSpace,
     pub cache: Option<PathBuf>,
     /// bytes of data that the cache may hold; none: no limit
     pub cache_max: Option<u64>,
@@ -520,6 +550,8 @@ impl Default for MountOptions {
             coherence: Coherence::CloseToOpen,
             uring: Uring::Auto,
             offline: Offline::Error,
+            reserve: Reserve::On,
+            offline_space: OfflineSpace::Granted,
             cache: None,
             cache_max: None,
         }
@@ -545,6 +577,8 @@ impl MountOptions {
                 MountOption::Coherence(it) => all.coherence = *it,
                 MountOption::Uring(it) => all.uring = *it,
                 MountOption::Offline(it) => all.offline = *it,
+                MountOption::Reserve(it) => all.reserve = *it,
+                MountOption::OfflineSpace(it) => all.offline_space = *it,
                 MountOption::Cache(it) => all.cache = Some(it.clone()),
                 MountOption::CacheMax(it) => all.cache_max = Some(*it),
                 MountOption::Ignored => {}

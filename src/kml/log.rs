@@ -591,6 +591,10 @@ impl Log {
     pub fn bytes(&self) -> u64 {
         lock(&self.inner).pieces.iter().map(|piece| piece.segment.size() as u64).sum()
     }
+    /// How much of the newest segment is in use, bytes: when it is full, another one is made.
+    pub fn filled(&self) -> u64 {
+        lock(&self.inner).spot.at as u64
+    }
     pub fn incarnation(&self) -> u128 {
         self.incarnation
     }

@@ -20,14 +20,18 @@
 //! Source: etcd's raft and quinn-proto for the form; AFS callbacks for the promises.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::asking::Asker;
 use super::fetch::Fetcher;
+use super::grant::Grant;
 use super::locker::{Locker, Number};
 use super::locks::{Denied, Lock, LockAsk, LockHeld};
 use super::message::*;
 use super::policy;
 use super::rights::Mode;
+use super::room::Room;
 use super::ship::{Bell, Heard, Shipper};
 use crate::kml::record::{Fid, Seq, Stamp};
 
@@ -51,6 +55,8 @@ pub enum Unmet {
     Gone,
     #[error("the server failed the request ({0:?})")]
     Failed(Code),
+    #[error("there is no room at the server")]
+    NoRoom,
     /// the cache could not take what came: an errno of the local file system
     #[error("the cache cannot keep what the server sent (errno {0})")]
     Local(i32),
@@ -72,6 +78,8 @@ pub enum Want {
     Bytes(Bytes),
     /// these are to be changed
     Permit(Vec<Fid>),
+    /// so much is to be written, and is not granted
+    Room(Room),
 }
 
 /// Bytes of a file that is not all here.
@@ -259,6 +267,8 @@ pub enum Effect {
         lock: Lock,
     },
     SetOnline(bool),
+    /// what the grant says of itself must outlive the process, before anything is sent
+    KeepGrant,
     SaveCurrent(Stamp),
 }
 
@@ -294,6 +304,7 @@ pub(super) enum Ask {
         at: u64,
     },
     Batch,
+    Room,
     Lock {
         number: Number,
     },
@@ -377,6 +388,7 @@ pub struct Client {
     fetcher: Fetcher,
     shipper: Shipper,
     pub(super) locker: Locker,
+    asker: Asker,
     /// all breaks up to here have been processed
     current: Stamp,
     saved: Stamp,
@@ -424,6 +436,7 @@ impl Client {
             fetcher: Fetcher::default(),
             shipper: Shipper::new(acked, settings.age, now),
             locker: Locker::default(),
+            asker: Asker::new(Grant::off()),
             timeout: settings.timeout,
             current,
             saved: current,
@@ -439,6 +452,11 @@ impl Client {
             pinged: false,
             breaks: 0,
         }
+    }
+
+    /// Before the first contact: the room of what is written. Without it nothing is reserved.
+    pub fn set_grant(&mut self, grant: Arc<Grant>) {
+        self.asker = Asker::new(grant);
     }
 
     /// From here on. Before the first contact its clock begins anew.
@@ -513,11 +531,14 @@ impl Client {
             let held_back = self.held_back.iter().map(|(until, ..)| *until).min();
             let save = (self.current != self.saved).then(|| self.saved_at + policy::SAVE_EVERY);
             let ship = self.shipper.wake_at();
-            return [held_back, save, ship].into_iter().flatten().fold(at, Instant::min);
+            let room = self.asker.wake_at();
+            return [held_back, save, ship, room].into_iter().flatten().fold(at, Instant::min);
         }
-        let wants = (!self.fetcher.is_idle()).then_some(self.grace_until);
+        let waits = !self.fetcher.is_idle() || !self.asker.is_idle();
+        let wants = waits.then_some(self.grace_until);
         let locks = (!self.locker.is_idle()).then_some(self.locks_until);
-        [wants, locks].into_iter().flatten().fold(at, Instant::min)
+        let room = self.asker.wake_at();
+        [wants, locks, room].into_iter().flatten().fold(at, Instant::min)
     }
 
     /// Time has passed.
@@ -533,12 +554,15 @@ impl Client {
             State::Away { .. } | State::Connecting { .. } => {}
             _ => self.look_for_silence(now),
         }
-        if !self.is_online() {
+        let online = self.is_online();
+        self.asker.on_wake(online, &mut self.shipper, &mut self.line, now);
+        if !online {
             if now >= self.grace_until {
                 self.fetcher.give_up(&mut self.line);
             }
             if now >= self.locks_until {
                 self.locker.give_up(&mut self.line);
+                self.asker.give_up(&mut self.line);
             }
             return;
         }
@@ -599,6 +623,7 @@ impl Client {
             pending: self.shipper.settled(),
             keeps: self.who.keeps,
             locks: self.locker.has_locks(),
+            room: self.asker.hello(),
         };
         self.line.ask(Ask::Hello, Some(now), hello.into());
     }
@@ -636,6 +661,7 @@ impl Client {
         self.breaks = 0;
         self.fetcher.on_away(&mut self.line);
         self.locker.on_away(&mut self.line);
+        self.asker.on_away(now);
     }
 
     /// Bytes came, of whatever message: the server is there.
@@ -677,6 +703,12 @@ impl Client {
                 match until.filter(|until| *until > now) {
                     Some(until) => self.held_back.push((until, id, m)),
                     None => self.on_recall(id, m, now),
+                }
+            }
+            Message::GiveBack(_) if greeted => {
+                let (shipper, line) = (&mut self.shipper, &mut self.line);
+                if self.asker.on_give_back(id, shipper, line, now).is_err() {
+                    self.close("the server asks for room too often", now);
                 }
             }
             // by itself: nobody else wants anything
@@ -764,6 +796,10 @@ impl Client {
                 let answer = LockAnswer { why, held: None, others: true };
                 self.locker.on_answer(number, &answer, &mut self.line);
             }
+            (Ask::Room, Message::RoomTerms(m)) => {
+                self.asker.on_terms(&m, &mut self.shipper, &mut self.line, now);
+            }
+            (Ask::Room, Message::Failed(_)) => self.asker.on_failed(&mut self.line, now),
             (Ask::Claim, Message::Claimed(m)) => {
                 self.locker.on_claimed(id, &m.lost, &mut self.line);
             }
@@ -810,6 +846,7 @@ impl Client {
             self.current = m.stamp;
         }
         self.state = State::CatchingUp;
+        self.asker.on_welcome(m.room.as_ref(), &mut self.line);
         self.line.effect(Effect::Welcomed {
             node: m.node,
             volume_id: m.volume_id,
@@ -822,6 +859,8 @@ impl Client {
             self.line.effect(Effect::Refused { code: Code::ForeignCache, what });
             return self.close("the cache is older than the server's memory of it", now);
         }
+        let acked = self.acked();
+        self.asker.on_acked(acked, &mut self.line, now);
         self.since(Ask::Since, self.current, now);
     }
 
@@ -860,6 +899,7 @@ impl Client {
         self.fetcher.on_online(acked, &mut self.line, now);
         self.locker.on_online(self.volume == Mode::Write, &mut self.line);
         self.shipper.fill(&mut self.line, now);
+        self.asker.on_online(&mut self.line, now);
     }
 
     fn on_acked(&mut self, id: u64, m: Acked, now: Instant) {
@@ -871,6 +911,7 @@ impl Client {
         self.line.effect(Effect::Acked { upto, stamps: m.stamps, conflicts: m.conflicts });
         self.is_current(stamp);
         self.let_go();
+        self.asker.on_acked(upto, &mut self.line, now);
         if let Heard::Short = heard {
             let what = "the server could not take all changes".to_owned();
             self.line.effect(Effect::NotTaken { what });
@@ -893,7 +934,12 @@ impl Client {
             return self.line.resolve([ticket], Ok(())); // away from the server nobody asks
         }
         if !online && now >= self.grace_until {
-            return self.line.resolve([ticket], Err(Unmet::Unreachable));
+            let room = matches!(want, Want::Room(_));
+            let why = if room { Unmet::NoRoom } else { Unmet::Unreachable };
+            return self.line.resolve([ticket], Err(why));
+        }
+        if let Want::Room(need) = want {
+            return self.asker.on_want(need, ticket, online, &mut self.line, now);
         }
         if !matches!(want, Want::Bytes(_)) {
             self.note_asking(now);
@@ -939,6 +985,9 @@ impl Client {
     pub fn on_bell(&mut self, bell: Bell, now: Instant) {
         self.shipper.on_bell(bell, now);
         self.ship(now);
+        if self.is_online() {
+            self.asker.look(&mut self.line, now);
+        }
     }
 
     /// Ship what there is, whatever its age; somebody waits, so a server that is away is tried now.
@@ -961,6 +1010,7 @@ impl Client {
     pub fn on_batch_cut(&mut self, batch: Option<Batch>, len: u64, now: Instant) {
         if self.is_online() {
             self.shipper.on_batch_cut(batch, len, &mut self.line, now);
+            self.asker.on_sent(self.shipper.sent());
             self.let_go();
         }
     }

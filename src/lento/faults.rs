@@ -18,6 +18,14 @@ pub enum Fault {
     UnsyncedAck,
     /// data that the server lacks leave the cache
     DirtyEvicted,
+    /// room is given back when a record is sent, instead of when it is durable
+    RoomBackEarly,
+    /// a request for room that is sent again is granted again
+    RoomTwice,
+    /// a restart forgets what was granted
+    RoomForgotten,
+    /// what is granted passes the quota
+    QuotaIgnored,
 }
 
 #[cfg(feature = "planted-faults")]

@@ -127,6 +127,7 @@ impl Fetcher {
             Want::Object { fid, have } => {
                 self.look(fid, have, (vec![ticket], mark), online, line, now);
             }
+            Want::Room(_) => line.resolve([ticket], Ok(())), // others see to that
             Want::Permit(fids) => self.ask_permit(fids, ticket, line, now),
             Want::Bytes(bytes) => {
                 self.on_want_bytes(bytes, ticket, line);

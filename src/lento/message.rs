@@ -5,8 +5,7 @@
 //! that is missing has its default, an opcode that is not known is answered by `Failed`.
 //! Requests carry an id of their sender's; the answer repeats it. `Read` goes both ways: a client
 //! fetches a file with the same message with which the server fetches what a journal announced.
-//! Records travel in the journal's own encoding. 50..=59 are kept free for grants; 60..=69 are about
-//! conflicts.
+//! Records travel in the journal's own encoding. 50..=59 are about room, 60..=69 about conflicts.
 //!
 //! Every count and length is bounded here and checked on decoding.
 
@@ -14,6 +13,7 @@ use minicbor::{Decode, Encode};
 
 use super::locks::{Denied, LOCKS_MAX, Lock, LockAsk, LockHeld, LockKind};
 use super::rights::Mode;
+use super::room::Room;
 use crate::kml::record::{Attr, Fid, PATH_LEN_MAX, Seq, Stamp};
 
 /// Version of the protocol; both sides must speak the same.
@@ -123,6 +123,14 @@ messages! {
     /// client: these locks are held already, as decided elsewhere
     47 Claim,
     48 Claimed,
+    /// client: more room, so that what is written here has its place there
+    50 RoomAsk,
+    /// server: the answer to `RoomAsk`; what it may take in all
+    51 RoomTerms,
+    /// server: others lack room; answer with `GivenBack` once nothing pends that could wait
+    52 GiveBack,
+    /// the answer to `GiveBack`; by itself what has become free meanwhile
+    53 GivenBack,
     /// client: which conflicts are there?
     60 Conflicts,
     61 ConflictPage,
@@ -177,6 +185,10 @@ pub struct Hello {
     #[n(8)]
     #[cbor(default)]
     pub locks: bool,
+    /// the room that it was granted before; `None`: it writes without a reservation
+    #[n(9)]
+    #[cbor(default)]
+    pub room: Option<RoomHeld>,
 }
 
 #[derive(Encode, Decode, Clone, PartialEq, Debug)]
@@ -202,6 +214,10 @@ pub struct Welcome {
     #[n(6)]
     #[cbor(default)]
     pub seen: Seq,
+    /// the room that the client has; `None`: this server reserves nothing
+    #[n(7)]
+    #[cbor(default)]
+    pub room: Option<RoomTerms>,
     /// no change of the volume is taken
     #[n(8)]
     #[cbor(default)]
@@ -664,6 +680,62 @@ pub struct ConflictCount {
     pub count: u64,
 }
 
+/// What a client knows of its room: both figures only grow, as long as the ledger is the same.
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct RoomHeld {
+    /// of the server's ledger; 0: none is known
+    #[n(0)]
+    pub epoch: u64,
+    /// all that it heard to be granted
+    #[n(1)]
+    pub granted: Room,
+    /// all that it gave back, durable records included
+    #[n(2)]
+    pub returned: Room,
+}
+
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Debug)]
+pub struct RoomAsk {
+    #[n(0)]
+    pub held: RoomHeld,
+    /// someone waits for so much more
+    #[n(1)]
+    pub need: Room,
+    /// others were not to give back what they do not use: it is asked ahead
+    #[n(2)]
+    pub ahead: bool,
+}
+
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Debug)]
+pub struct RoomTerms {
+    #[n(0)]
+    pub epoch: u64,
+    /// all that this client was ever granted
+    #[n(1)]
+    pub granted: Room,
+    /// and all that it gave back
+    #[n(2)]
+    pub returned: Room,
+    /// there is so much that the client needs not count each write
+    #[n(3)]
+    pub ample: bool,
+    /// there is not what was needed
+    #[n(4)]
+    pub short: bool,
+    /// how long what was granted is kept for a client that is away, milliseconds
+    #[n(5)]
+    pub keep_ms: u64,
+}
+
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Debug)]
+pub struct GiveBack {}
+
+#[derive(Encode, Decode, Clone, Copy, PartialEq, Debug)]
+pub struct GivenBack {
+    #[n(0)]
+    pub held: RoomHeld,
+}
+
 impl Message {
     /// For people who look for a fault: the message without what is long in it.
     pub fn brief(&self) -> String {
@@ -691,8 +763,14 @@ impl Message {
         let object = |o: &Object| o.target.len() <= 4095 && o.xattrs.len() <= 1024;
         match self {
             Message::Hello(m) => {
-                m.volume.len() <= VOLUME_NAME_LEN_MAX && m.host.len() <= VOLUME_NAME_LEN_MAX
+                let room = m.room.is_none_or(|held| held.is_sane());
+                let names = [&m.volume, &m.host];
+                room && names.iter().all(|name| name.len() <= VOLUME_NAME_LEN_MAX)
             }
+            Message::Welcome(m) => m.room.is_none_or(|terms| terms.is_sane()),
+            Message::RoomAsk(m) => m.held.is_sane() && m.need.is_sane(),
+            Message::RoomTerms(m) => m.is_sane(),
+            Message::GivenBack(m) => m.held.is_sane(),
             Message::Refused(m) => m.what.len() <= WHAT_LEN_MAX,
             Message::Failed(m) => m.what.len() <= WHAT_LEN_MAX,
             Message::List(m) => m.after.len() <= 255,
@@ -728,6 +806,18 @@ impl Message {
             Message::Resolved(m) => m.fids.len() <= FIDS_MAX,
             _ => true,
         }
+    }
+}
+
+impl RoomHeld {
+    fn is_sane(&self) -> bool {
+        self.granted.is_sane() && self.returned.is_sane()
+    }
+}
+
+impl RoomTerms {
+    fn is_sane(&self) -> bool {
+        self.granted.is_sane() && self.returned.is_sane()
     }
 }
 

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use super::rights::Mode;
+use super::room::Room;
 
 /// How long a change rests in the journal before it is shipped, so that a file that lives shorter
 /// never leaves the machine. A mount option sets another.
@@ -58,6 +59,48 @@ pub const PIN_LOOK: Duration = Duration::from_secs(600);
 pub const EVICT_REST: Duration = Duration::from_secs(2);
 /// How often the stamp up to which the cache is current is written down.
 pub const SAVE_EVERY: Duration = Duration::from_secs(30);
+
+/// With so much granted and free, the kernel may write by itself for [`LOOK_EVERY`], bytes.
+pub const AMPLE_LEN: u64 = 256 << 20;
+/// How often it is looked what the kernel wrote by itself.
+pub const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Most that is granted to one client ahead of its need.
+pub const AHEAD_MAX: Room = Room::new(1 << 30, 1 << 20);
+/// Where so much is left, more of it is granted ahead, bytes and files.
+pub const MUCH: Room = Room::new(256 << 20, 1 << 20);
+/// A client that has less free than this asks ahead, if it may hope for more.
+pub const LOW: Room = Room::new(4 << 20, 256);
+/// The same where the server has plenty.
+pub const LOW_AMPLE: Room = Room::new(2 * AMPLE_LEN, 4096);
+/// How long others are waited for that give back room, and own changes that make some.
+pub const RECALL_MAX: Duration = Duration::from_secs(3);
+/// A client that is asked for room ships what it has for so long, before it answers.
+pub const GIVE_BACK_MAX: Duration = Duration::from_secs(2);
+/// So long after a refusal nobody asks again, unless own changes have arrived since.
+pub const REFUSED: Duration = Duration::from_millis(250);
+/// What became free is told so long after, if nothing else is said.
+pub const TELL_AFTER: Duration = Duration::from_secs(1);
+/// What is granted is kept so long for a client that is away.
+pub const KEEP_GRANT: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// What is granted ahead of the need, when `left` is left after it: a part of that, so that it is
+/// much while there is much, and next to nothing when it is nearly all gone. Who needs the rest gets
+/// it by having others give back.
+pub fn ahead(left: Room) -> Room {
+    let part = |left: u64, much: u64, most: u64| match left {
+        _ if left >= much => (left / 4).min(most),
+        _ => left / 8,
+    };
+    Room::new(
+        part(left.bytes(), MUCH.bytes(), AHEAD_MAX.bytes()),
+        part(left.files(), MUCH.files(), AHEAD_MAX.files()),
+    )
+}
+
+/// Whether there is so much left that a client may hope for an ample grant again and again.
+pub fn is_ample(left: Room) -> bool {
+    left.bytes() >= 4 * AMPLE_LEN
+}
 
 /// Whether what waits in the journal is shipped now: it is old enough, or it is much.
 pub fn ship_now(waited: Duration, age: Duration, count: u64, len: u64) -> bool {

@@ -18,12 +18,15 @@ use std::time::{Duration, Instant};
 
 use crate::kml::record::{Fid, Seq, Stamp};
 
+use super::granting::Rooms;
 use super::intake::{Change, Key};
+use super::ledger::Saved;
 use super::locking::Locking;
 use super::message::{
-    Code, ConflictCount, Failed, Hello, Message, Pong, Refused, Resolve, VERSION, Welcome,
+    Code, ConflictCount, Failed, Hello, Message, Pong, Refused, Resolve, RoomHeld, VERSION, Welcome,
 };
 use super::permits::{Lettings, Permits, lease_end};
+use super::policy;
 use super::promises::{ConnId, PROMISES_MAX, Promises, Round};
 use super::reint::{Batch, Parked, Ticket, ToRead};
 use super::serving::Terms;
@@ -54,6 +57,8 @@ pub struct Settings {
     pub promises_max: usize,
     /// how long the locks of a client whose connection ended wait for it to come back
     pub lock_grace: Duration,
+    /// how long the room that a client was granted is kept while it is away
+    pub keep_grant: Duration,
 }
 
 impl Default for Settings {
@@ -70,6 +75,7 @@ impl Default for Settings {
             queue_len_max: 256 << 20,
             promises_max: PROMISES_MAX,
             lock_grace: Duration::from_secs(10),
+            keep_grant: policy::KEEP_GRANT,
         }
     }
 }
@@ -127,6 +133,10 @@ pub enum Effect {
     Resolve { volume: VolumeNo, ticket: Ticket, ask: Resolve },
     /// keep these nodes' numbers for the next life: they may have rights
     Live { volume: VolumeNo, nodes: Vec<u32> },
+    /// look at the volume's disk; `on_surveyed` follows
+    Survey { volume: VolumeNo },
+    /// keep what was granted for the next life, durably; then answer a client's request, or fail it
+    SaveGrants { volume: VolumeNo, saved: Saved, then: (ConnId, u64, Message) },
     /// make durable what was applied so far; `on_synced` follows
     Sync { volume: VolumeNo },
 }
@@ -143,6 +153,8 @@ impl Effect {
             | Effect::Apply { volume, .. }
             | Effect::Resolve { volume, .. }
             | Effect::Live { volume, .. }
+            | Effect::Survey { volume }
+            | Effect::SaveGrants { volume, .. }
             | Effect::Sync { volume } => Some(*volume),
         }
     }
@@ -200,6 +212,8 @@ pub(super) struct Peer {
     met: Option<(Seq, Seq)>,
     /// it said that it has locks to claim
     has_locks: bool,
+    /// the room that it has
+    room: Option<RoomHeld>,
     pub(super) volume: VolumeNo,
     pub(super) node: u32,
     /// the newest record that is in the tree, though perhaps not durably
@@ -239,6 +253,7 @@ pub struct Server {
     /// by the id of the request; in order, so that the same events always have the same effects
     pub(super) breaks: BTreeMap<(ConnId, u64), BreakWait>,
     pub(super) lettings: Lettings,
+    pub(super) rooms: Rooms,
     pub(super) effects: VecDeque<Effect>,
     pub(super) last_id: u64,
     pub(super) last_ticket: Ticket,
@@ -259,6 +274,7 @@ impl Server {
             peers: BTreeMap::new(),
             breaks: BTreeMap::new(),
             lettings: Lettings::default(),
+            rooms: Rooms::default(),
             effects: VecDeque::new(),
             last_id: 0,
             last_ticket: Ticket(0),
@@ -316,7 +332,7 @@ impl Server {
         }
     }
     /// The volume that a client has.
-    pub fn volume_of(&self, conn: ConnId) -> Option<VolumeNo> {
+    pub fn volume_at(&self, conn: ConnId) -> Option<VolumeNo> {
         let peer = self.peers.get(&conn)?;
         (peer.state == State::Live).then_some(peer.volume)
     }
@@ -346,6 +362,7 @@ impl Server {
             keeps: false,
             met: None,
             has_locks: false,
+            room: None,
             volume: 0,
             node: 0,
             applied: Seq(0),
@@ -394,6 +411,7 @@ impl Server {
         if peer.state == State::Live {
             self.on_locks_left(no, conn, peer.node, now);
             self.on_permits_closed(no, conn, lease, now);
+            self.on_room_left(no, conn, peer.node, now);
         }
     }
 
@@ -444,7 +462,14 @@ impl Server {
                 | Message::ConflictRead(_)
                 | Message::Statfs(_)),
             ) if !answer => {
+                if matches!(request, Message::Statfs(_)) {
+                    self.effects.push_back(Effect::Survey { volume });
+                }
                 self.effects.push_back(Effect::Ask { conn, id, volume, node, request });
+            }
+            (State::Live, Message::RoomAsk(ask)) if !answer => self.on_room_ask(conn, id, ask),
+            (State::Live, Message::GivenBack(m)) => {
+                self.on_given_back(conn, id, answer, Some(m));
             }
             (State::Live, Message::LockAsk(ask)) if !answer => self.on_lock(conn, id, ask, now),
             (State::Live, Message::LockCancel(m)) if !answer => self.on_lock_cancel(conn, &m, now),
@@ -488,6 +513,7 @@ impl Server {
                 peer.host.clone_from(&hello.host);
                 (peer.pending, peer.keeps) = (hello.pending, hello.keeps);
                 peer.has_locks = hello.locks;
+                peer.room = hello.room;
                 self.effects.push_back(Effect::Meet { conn, volume, hello });
             }
             (Err((code, what)), _) => self.refuse(conn, code, what, now),
@@ -520,20 +546,25 @@ impl Server {
         let unsettled = volume.unsettled.values().any(|(of, _)| *of == node);
         let Some((acked, seen)) = peer.met.take_if(|_| !unsettled) else { return };
         volume.terms.forget_owing(node);
+        let held = peer.room.take();
         peer.state = State::Live;
         let silent_at = peer.heard_at + self.settings.silence_max;
         (peer.expected, peer.applied) = (acked, acked);
+        let (volume_id, durable, name) = (volume.id, volume.durable, volume.name.clone());
+        let read_only = volume.terms.read_only;
+        let room = self.on_room_met(no, node, held.as_ref());
         let welcome = Welcome {
             version: VERSION,
-            volume_id: volume.id,
+            volume_id,
             node,
             acked,
-            stamp: volume.durable,
-            volume: volume.name.clone(),
+            stamp: durable,
+            volume: name,
             seen,
-            read_only: volume.terms.read_only,
+            read_only,
+            room,
         };
-        let count = volume.conflicts;
+        let count = self.volumes[no].conflicts;
         self.answer(conn, id, welcome.into());
         if count > 0 {
             self.request(conn, false, ConflictCount { count }.into());
@@ -570,6 +601,7 @@ impl Server {
                 changes.upto = changes.upto.min(volume.durable);
                 changes.into()
             }
+            Message::Space(space) => self.shown_space(peer.volume, space).into(),
             other => other,
         };
         self.answer(conn, id, message);
@@ -598,7 +630,7 @@ impl Server {
         let breaks = self.breaks.values().map(|wait| wait.until);
         let permits = self.permits_wake_at();
         let all = self.peers.values().map(of_peer).chain(breaks);
-        all.chain(permits).chain(self.locks_wake_at()).min()
+        all.chain(permits).chain(self.locks_wake_at()).chain(self.room_deadline()).min()
     }
     /// Time has passed.
     pub fn wake(&mut self, now: Instant) {
@@ -618,6 +650,7 @@ impl Server {
     /// Looks at every deadline there is.
     fn end_overdue(&mut self, now: Instant) {
         self.wake_locks(now);
+        self.wake_room(now);
         let mut late: Vec<(ConnId, Why)> = Vec::new();
         for (conn, peer) in &self.peers {
             let silence = now.saturating_duration_since(peer.heard_at);

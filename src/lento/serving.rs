@@ -139,6 +139,7 @@ impl Server {
         volume.unsettled.clear();
         volume.terms.owing.clear();
         volume.terms.freezing = None;
+        self.rooms.book.remove_volume(no);
     }
     /// Whether a sync is under way, whose end the owner waits for.
     pub fn is_syncing(&self, no: VolumeNo) -> bool {

@@ -18,15 +18,21 @@ use anyhow::Context;
 
 use super::{Exit, Failure, exit_code, fail, place};
 use crate::cli::MountArgs;
-use crate::cli::options::{Coherence, MountOptions, Offline, Passthrough, Source, Uring};
+use crate::cli::options::{
+    Coherence, MountOptions, Offline, OfflineSpace, Passthrough, Reserve, Source, Uring,
+};
+use crate::lento::grant::Grant;
+use crate::lento::policy;
 use crate::lento::rights::Held;
 use crate::net::client::{self, Handle, Peer};
 use crate::net::control;
+use crate::net::room;
 use crate::net::server::{self, Server};
 use crate::presto::adapter::Ways;
 use crate::presto::device;
 use crate::presto::filter::Filter;
 use crate::presto::pinner::Pinner;
+use crate::replica::room::FiguresFile;
 use crate::sys::daemon::{self, Forked, Signals, Teller};
 use crate::sys::{self, cred};
 
@@ -206,7 +212,22 @@ impl Running {
         let rights = Arc::new(Held::default());
         let keeps = settings.coherence == Coherence::Session;
         let strict = settings.coherence == Coherence::Strict;
-        let options = client::Options { age, host, rights: rights.clone(), keeps };
+        let file = Arc::new(FiguresFile::of(&place.join(".imz")));
+        let grant = match settings.reserve {
+            Reserve::On => {
+                let optimistic = settings.offline_space == OfflineSpace::Optimistic;
+                room::grant_of(&opened.cache, &file, optimistic)?
+            }
+            Reserve::Off => Grant::off(),
+        };
+        let options = client::Options {
+            age,
+            host,
+            rights: rights.clone(),
+            keeps,
+            grant: grant.clone(),
+            grant_file: (settings.reserve == Reserve::On).then_some(file),
+        };
         let handle = client::start(opened.cache.clone(), peer, options, notify)?;
         handle.set_timeout(settings.timeout);
         wire::meet(&handle, (place, &opened.cache), &args.source, settings.timeout)?;
@@ -217,6 +238,8 @@ impl Running {
             files: Default::default(),
             writers: opened.writers,
             mapped: Default::default(),
+            room: grant,
+            by_kernel: Default::default(),
             // what the kernel writes by itself cannot be told at once
             passthrough: (settings.passthrough == Passthrough::Auto && !strict).into(),
             strict,
@@ -245,6 +268,7 @@ impl Running {
         kernel.connect(mounted.kernel());
         watch(mounted, signals, &tell)?;
         watch_mapped(&filter)?;
+        watch_kernel(&filter)?;
         watch_tree(&filter, &handle, place)?;
         let pinner = keeping.pinner;
         Ok(Running { mountpoint, filter, handle, pinner, server, control, events })
@@ -331,6 +355,21 @@ fn watch_tree(filter: &Arc<Filter>, handle: &Handle, place: &Path) -> anyhow::Re
             }
             was_there = is_there;
             std::thread::sleep(TREE_EVERY);
+        }
+    })?;
+    Ok(())
+}
+
+/// Counts what the kernel writes by itself, while it does.
+fn watch_kernel(filter: &Arc<Filter>) -> anyhow::Result<()> {
+    let filter = Arc::downgrade(filter);
+    std::thread::Builder::new().name("room".into()).spawn(move || {
+        while let Some(filter) = filter.upgrade() {
+            if filter.by_kernel.wait(LOOK_EVERY) {
+                filter.look_at_kernel();
+                drop(filter);
+                std::thread::sleep(policy::LOOK_EVERY);
+            }
         }
     })?;
     Ok(())

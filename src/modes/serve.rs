@@ -42,7 +42,8 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
         }
     };
     sys::limit::raise_files();
-    let mut server = Server::new(Some(plan.listen), Settings::default()).map_err(explain)?;
+    let settings = Settings { keep_grant: args.keep_grant, ..Settings::default() };
+    let mut server = Server::new(Some(plan.listen), settings).map_err(explain)?;
     for Serving { name, dir, state, settings } in &plan.volumes {
         let volume = open_volume(dir, state.as_deref(), name, settings.as_ref())?;
         let twice = |(why, _)| explain(ServerError::Order { path: dir.clone(), why });

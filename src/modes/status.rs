@@ -212,6 +212,17 @@ fn render(status: &Status) -> String {
     if status.connected {
         line("permit", format!("{may}{but}"));
     }
+    if let Some(room) = room(status) {
+        line("space", room);
+    }
+    for grant in &status.space_grants {
+        let host = if grant.away { "away" } else { &grant.host };
+        let files = grant.files;
+        line(
+            "granted",
+            format!("{}, {files} files: node {} ({host})", HumanBytes(grant.bytes), grant.node),
+        );
+    }
     if status.requests_foreground > 0 {
         line("requests", format!("{} that an operation waited for", status.requests_foreground));
     }
@@ -233,6 +244,25 @@ fn limit(status: &Status) -> Option<String> {
         _ => "kept",
     };
     Some(format!("{}, {state}; {} evicted", HumanBytes(max), HumanBytes(status.evicted_bytes)))
+}
+
+/// What a mount may still write, or a server still grant.
+fn room(status: &Status) -> Option<String> {
+    let (granted, used) = (status.space_granted_bytes, status.space_used_bytes);
+    match &status.space_regime[..] {
+        "" if status.space_available_bytes == 0 && granted == 0 => None,
+        "" => {
+            let (left, files) = (status.space_available_bytes, status.space_available_files);
+            let left = format!("{} and {files} files left to grant", HumanBytes(left));
+            let quota = status.space_quota_bytes.map(HumanBytes);
+            let quota = quota.map_or(String::new(), |quota| format!("; quota {quota}"));
+            Some(format!("{left}, {} granted{quota}", HumanBytes(granted)))
+        }
+        "off" => Some("nothing is reserved at the server".to_owned()),
+        regime => {
+            Some(format!("{} granted, {} in use, {regime}", HumanBytes(granted), HumanBytes(used)))
+        }
+    }
 }
 
 fn pending(status: &Status) -> String {
@@ -274,6 +304,9 @@ mod tests {
             pid: 7,
             version: "0.1.0".to_owned(),
             passthrough: true,
+            space_regime: "exact".to_owned(),
+            space_granted_bytes: 2 << 20,
+            space_used_bytes: 1 << 20,
             ..Status::default()
         }
     }
@@ -289,6 +322,7 @@ mod tests {
   journal     0 B
   conflicts   none
   permit      asked for object by object
+  space       2.00 MiB granted, 1.00 MiB in use, exact
   process     7, imz 0.1.0, passthrough
 ";
         assert_eq!(render(&sample()), want);

@@ -23,12 +23,15 @@ use crossbeam_channel::Sender;
 use super::poll::{Loop, Waker};
 use crate::kml::record::{Fid, Seq};
 use crate::lento::client::Unmet;
+use crate::lento::grant::{Figures, Grant};
 use crate::lento::locks::LockAsk;
 use crate::lento::message::{Code, Failed, Message, Space};
 use crate::lento::policy;
 use crate::lento::rights::{Held, Mode};
+use crate::lento::room::Room;
 use crate::replica::cache::Cache;
 use crate::replica::hydrate::Notice;
+use crate::replica::room::FiguresFile;
 use crate::sys::{clock, fs};
 
 mod drive;
@@ -64,11 +67,21 @@ pub struct Options {
     pub rights: Arc<Held>,
     /// rights are kept while the mount rests
     pub keeps: bool,
+    /// what may be written without asking, and the file that keeps it
+    pub grant: Arc<Grant>,
+    pub grant_file: Option<Arc<FiguresFile>>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { age: policy::AGE, host: String::new(), rights: Arc::default(), keeps: false }
+        Options {
+            age: policy::AGE,
+            host: String::new(),
+            rights: Arc::default(),
+            keeps: false,
+            grant: Grant::off(),
+            grant_file: None,
+        }
     }
 }
 
@@ -83,6 +96,8 @@ pub enum Want {
     Bytes { fid: Fid, at: u64, len: u64 },
     /// these are to be changed
     Permit(Few),
+    /// so much is to be written, and is not granted
+    Room(Room),
 }
 
 /// The objects of one operation: the first ones, up to the first `None`.
@@ -148,6 +163,8 @@ pub struct Snapshot {
     /// what may be done with the volume, and with how many objects more or less
     pub permit: Mode,
     pub permits_apart: u64,
+    /// room that is granted, and in use
+    pub room: Figures,
     /// contents that were acknowledged since the start, bytes
     pub shipped_len: u64,
     /// versions that are kept aside at the server, as it last said
@@ -213,6 +230,7 @@ struct Shared {
     last_lock: AtomicU64,
     space: Mutex<(Space, Option<Instant>)>,
     rights: Arc<Held>,
+    grant: Arc<Grant>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -293,6 +311,7 @@ pub fn start(
         last_lock: AtomicU64::new(0),
         space: Mutex::new((space_of(&here), None)),
         rights: options.rights.clone(),
+        grant: options.grant.clone(),
         thread: Mutex::new(None),
         cache: cache.clone(),
     });
@@ -388,6 +407,7 @@ impl Handle {
             messages: facts.messages,
             permit,
             permits_apart: permits_apart as u64,
+            room: self.0.grant.figures(),
             shipped_len: facts.shipped_len,
             conflicts: facts.conflicts,
             saved_records: self.0.saved.records.load(Ordering::Relaxed),
@@ -406,11 +426,23 @@ impl Handle {
     pub fn space(&self) -> Space {
         let mut space = self.0.space.lock().unwrap_or_else(|e| e.into_inner());
         let now = Instant::now();
+        let space_heard = space.1.is_some();
         if space.1.is_none_or(|asked| now >= asked + SPACE_AGE) {
             space.1 = Some(now);
             self.0.tell(In::WantSpace);
         }
-        space.0
+        let mut shown = space.0;
+        drop(space);
+        let grant = &self.0.grant;
+        if space_heard && !grant.is_off() && shown.block_len > 0 {
+            // What others cannot have is ours to write.
+            let free = grant.figures().free;
+            let own = free.bytes() / u64::from(shown.block_len);
+            shown.blocks_available = (shown.blocks_available + own).min(shown.blocks);
+            shown.blocks_free = shown.blocks_available;
+            shown.files_free = (shown.files_free + free.files()).min(shown.files);
+        }
+        shown
     }
 
     /// Asks the server about conflicts, or decides about one; waits for the answer.

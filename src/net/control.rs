@@ -105,6 +105,22 @@ pub struct Status {
     /// objects with which more or less may be done than with the volume
     pub permits_apart: u64,
     pub passthrough: bool,
+    /// of a mount: how writes are counted against the server's room: ample, exact, or off
+    pub space_regime: String,
+    /// of a mount: room that the server has set aside for it, and what of it is in use
+    pub space_granted_bytes: u64,
+    pub space_granted_files: u64,
+    pub space_used_bytes: u64,
+    pub space_used_files: u64,
+    /// of a server: room in the volume that nobody holds, and who holds some
+    pub space_available_bytes: u64,
+    pub space_available_files: u64,
+    pub space_quota_bytes: Option<u64>,
+    pub space_quota_files: Option<u64>,
+    /// counted only where there is a quota
+    pub space_volume_bytes: u64,
+    pub space_volume_files: u64,
+    pub space_grants: Vec<SpaceGrant>,
     pub pid: u32,
     pub version: String,
     pub last_error: Option<String>,
@@ -112,6 +128,18 @@ pub struct Status {
     pub clients: Option<Vec<ClientStatus>>,
     /// and how many they are
     pub client_count: u64,
+}
+
+/// Room that a server has set aside for a client.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SpaceGrant {
+    pub node: u32,
+    /// empty while it is away
+    pub host: String,
+    pub away: bool,
+    pub bytes: u64,
+    pub files: u64,
 }
 
 /// Names are bytes, JSON is UTF-8: a path that is not must not silence the whole answer.

@@ -13,6 +13,7 @@ use super::conflicts;
 use super::poll::Waker;
 use super::volumes::Ordered;
 use crate::kml::record::Stamp;
+use crate::lento::granting::RoomReport;
 use crate::lento::message::Message;
 use crate::lento::server::VolumeNo;
 use crate::lento::serving::{Client, Owing};
@@ -60,6 +61,8 @@ pub struct VolumeReport {
     pub bytes_in: u64,
     pub bytes_out: u64,
     pub last_error: Option<String>,
+    /// how its room is shared out; `None`: nothing is reserved in it
+    pub room: Option<RoomReport>,
 }
 
 /// What other threads share with the loop.

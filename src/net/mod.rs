@@ -8,5 +8,6 @@ pub mod control;
 pub mod frame;
 pub mod handle;
 pub mod poll;
+pub mod room;
 pub mod server;
 pub mod volumes;

@@ -21,6 +21,7 @@ use super::conflicts;
 use super::conn::{Conn, Fault, Incoming, Lane};
 use super::handle::{Handle, LocalAsk, Report, Shared, VolumeReport};
 use super::poll::{Event, Listener, Loop, Stream, Token, Waker};
+use super::room;
 use super::volumes::{OrderError, Served, Waiting};
 use crate::kml::record::Stamp;
 use crate::lento::message::{Code, Failed, Message, Resolve};
@@ -407,7 +408,7 @@ impl Server {
     }
     /// A decision about a conflict: first it is looked at what it would change.
     fn resolve(&mut self, conn: ConnId, id: u64, ask: Resolve, now: Instant) {
-        let touched = match self.machine.volume_of(conn) {
+        let touched = match self.machine.volume_at(conn) {
             Some(volume) => {
                 let choice = conflicts::choice(&ask.choice);
                 let touched = self.volumes[volume].conflict_touches(&ask.id, &choice);
@@ -517,6 +518,15 @@ impl Server {
                     self.machine.on_conflicts(volume, self.volumes[volume].conflicts());
                     self.machine.on_resolved(ticket, volume, applied, what, now);
                 }
+                Effect::Survey { volume } => {
+                    let (free, used) = room::survey(&self.volumes[volume]);
+                    self.machine.on_surveyed(volume, free, used, now);
+                }
+                Effect::SaveGrants { volume, saved, then: (conn, id, message) } => {
+                    let message =
+                        room::save(&self.volumes[volume], &saved).err().unwrap_or(message);
+                    self.send(conn, false, (id, true), &message, now);
+                }
                 Effect::Live { volume, nodes } => self.volumes[volume].keep_live(&nodes),
                 Effect::Sync { volume } => {
                     let job = self.volumes[volume].sync_job();
@@ -571,6 +581,7 @@ impl Server {
             bytes_in,
             bytes_out,
             last_error: self.last_error.clone(),
+            room: self.machine.room_report(no),
         };
         let volumes = self.volumes.iter().map(volume).collect();
         self.shared.set_report(Report { clients: self.machine.clients(), volumes });

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, bounded};
 
 use super::handle::{Amount, Figures, Handle, Report};
+use super::room;
 use super::server::Server;
+use crate::lento::room::Room;
 use crate::lento::server::VolumeNo;
 use crate::lento::serving::Owing;
 use crate::replica::settings::{Change, USERS_MAX};
@@ -178,6 +180,7 @@ impl Server {
         self.machine.set_terms(no, settings.read_only, settings.former());
         self.machine.expect_back(no, &volume.live(), Instant::now());
         self.machine.on_conflicts(no, volume.conflicts());
+        self.machine.reserve(volume.disk(), room::saved(&volume), Instant::now());
         self.volumes.push(volume);
         self.limits_changed(no);
         Ok(no)
@@ -188,11 +191,25 @@ impl Server {
     }
     /// Called with every volume that comes, and whenever the limits in its settings change.
     fn limits_changed(&mut self, no: VolumeNo) {
-        log::debug!("{}: {:?}", self.volumes[no].name(), self.volumes[no].settings().quota);
+        let volume = &mut self.volumes[no];
+        let limit = room::limit(volume.settings().quota);
+        match volume.count_usage(limit.is_some()) {
+            Ok(()) => self.machine.set_quota(no, limit),
+            Err(e) => {
+                let name = volume.name();
+                log::error!("{name}: what its files take cannot be counted, no limit holds: {e}");
+            }
+        }
     }
     /// What is known of a volume's room.
-    pub(super) fn figures(&self, _no: VolumeNo) -> Figures {
-        Figures::default()
+    pub(super) fn figures(&self, no: VolumeNo) -> Figures {
+        let Some(report) = self.machine.room_report(no) else { return Figures::default() };
+        let amount = |room: Room| Amount { bytes: room.bytes(), files: room.files() };
+        let used = report.quota.is_some().then(|| amount(report.used));
+        let disk = report.available.plus(report.granted);
+        let capacity = report.quota.map_or(disk, |quota| quota.min(disk.plus(report.used)));
+        let (granted, capacity) = (Some(amount(report.granted)), Some(amount(capacity)));
+        Figures { used, granted, capacity }
     }
 
     /// Carries out what was ordered, and ends what waited.

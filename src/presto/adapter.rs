@@ -19,7 +19,7 @@ use crossbeam_channel::{Receiver, Sender};
 use super::abi::reply::{self, OpenFlags};
 use super::abi::{Lock, LockType, Op, Raw, Request};
 use super::filter::{FRESH_TRIES_MAX, Filter, Result, Stop, TRIES_MAX, Want, as_is};
-use super::open::{Open, held};
+use super::open::{Grip, Open, held};
 use super::parked::{Interrupted, Parked, Ticket};
 use crate::kml::record::Fid;
 use crate::lento::locks::{LockAsk, LockHeld, LockKind};
@@ -30,16 +30,10 @@ const SLOW_QUEUE_MAX: usize = 1024;
 /// Threads that wait for the disk.
 const SLOW_THREADS: usize = 2;
 
-/// One handle that an application has open.
-pub struct Handle {
-    pub open: Arc<Open>,
-    pub writer: bool,
-}
-
 #[derive(Default)]
 struct Handles {
     next: u64,
-    open: HashMap<u64, Arc<Handle>>,
+    open: HashMap<u64, Arc<Grip>>,
 }
 
 /// The kernel's name for a backing file; given back on drop.
@@ -297,24 +291,25 @@ impl Adapter {
         self.filter.lock(ask, Box::new(ended));
     }
 
-    pub fn handle(&self, fh: u64) -> Result<Arc<Handle>> {
+    pub fn handle(&self, fh: u64) -> Result<Arc<Grip>> {
         Ok(held(&self.handles).open.get(&fh).cloned().ok_or(Errno::BADF)?)
     }
 
     /// A new handle, and how the kernel is to treat it.
-    pub fn add(&self, open: Arc<Open>, writer: bool) -> (u64, OpenFlags) {
-        let backing = self.backing(&open);
+    pub fn add(&self, grip: Grip) -> (u64, OpenFlags) {
+        let backing = self.backing(&grip.open);
         let flags = OpenFlags {
             // A reader's close tells us nothing, unless it ends locks.
-            no_flush: !writer && !self.locks,
+            no_flush: !grip.writer && !self.locks,
             // Then the kernel's pages are as good as a promise.
-            keep_cache: self.keeps_pages(&open),
+            keep_cache: self.keeps_pages(&grip.open),
+            direct: grip.direct,
             backing: backing.map(|backing| backing.id),
         };
         let mut handles = held(&self.handles);
         handles.next += 1;
         let fh = handles.next;
-        handles.open.insert(fh, Arc::new(Handle { open, writer }));
+        handles.open.insert(fh, Arc::new(grip));
         (fh, flags)
     }
 
@@ -353,7 +348,7 @@ impl Adapter {
         let Some(handle) = held(&self.handles).open.remove(&fh) else { return Ok(()) };
         // Under the lock that opens take: a new first handle must not find the old backing.
         let mut backings = held(&self.backings);
-        let (last, stored) = self.filter.close(&handle.open, handle.writer);
+        let (last, stored) = self.filter.close(&handle);
         if last {
             backings.remove(&handle.open.fid);
         }

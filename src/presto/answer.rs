@@ -4,15 +4,13 @@
 //! a promise is broken. OPENDIR and what else is not known is answered with ENOSYS, so that the
 //! kernel opens and lists directories from its own cache, and checks permissions by itself.
 
-use std::sync::Arc;
-
 use super::abi::reply::{self, Entry, Listing};
 use super::abi::{Op, Request, SetTime, Setattr};
 use super::adapter::Adapter;
 use super::attrs::{When, Wish};
 use super::filter::{Filter, Found, Result, Stop};
 use super::names::UNKNOWN;
-use super::open::Open;
+use super::open::Grip;
 use crate::kml::record::{Fid, NAME_LEN_MAX, Time};
 use crate::sys::Errno;
 use crate::sys::cred::Caller;
@@ -50,17 +48,16 @@ impl Adapter {
             }
             Op::Link { old, name } => filter.link(by(0), Fid(old), fid, name).map(entry),
             Op::Open { flags } => {
-                let writer = is_writer(flags);
-                let (fh, flags) = self.add(filter.open(by(0), fid, flags)?, writer);
+                let (fh, flags) = self.add(filter.open(by(0), fid, flags)?);
                 Ok(reply::open(fh, flags))
             }
             Op::Create { flags, mode, umask, name } => {
                 let made = create(filter, by(umask), fid, name, flags, mode)?;
-                Ok(self.opened(made, flags))
+                Ok(self.opened(made))
             }
             Op::Tmpfile { flags, mode, umask } => {
-                let made = filter.tmpfile(by(umask), fid, mode, is_writer(flags))?;
-                Ok(self.opened(made, flags))
+                let made = filter.tmpfile(by(umask), fid, mode, flags)?;
+                Ok(self.opened(made))
             }
             Op::Read { fh, at, len } => filter.read(&self.handle(fh)?.open, at, len),
             Op::Write { fh, at, kill, data } => {
@@ -107,14 +104,10 @@ impl Adapter {
     }
 
     /// A new object with its first handle.
-    fn opened(&self, (found, open): (Found, Arc<Open>), flags: i32) -> Vec<u8> {
-        let (fh, flags) = self.add(open, is_writer(flags));
+    fn opened(&self, (found, grip): (Found, Grip)) -> Vec<u8> {
+        let (fh, flags) = self.add(grip);
         reply::created(&as_entry(&found), fh, flags)
     }
-}
-
-fn is_writer(flags: i32) -> bool {
-    flags & o::ACCMODE != o::RDONLY
 }
 
 fn as_entry(found: &Found) -> Entry<'_> {
@@ -150,13 +143,13 @@ fn create(
     name: &[u8],
     flags: i32,
     mode: u32,
-) -> Result<(Found, Arc<Open>)> {
-    match filter.create(by, dir, name, mode, is_writer(flags)) {
+) -> Result<(Found, Grip)> {
+    match filter.create(by, dir, name, mode, flags) {
         // Somebody else made it meanwhile: then it is an open, unless that was forbidden.
         Err(Stop::Errno(Errno::EXIST)) if flags & o::EXCL == 0 => {
             let found = filter.lookup(dir, name)?;
-            let open = filter.open(by, found.fid, flags)?;
-            Ok((found, open))
+            let grip = filter.open(by, found.fid, flags)?;
+            Ok((found, grip))
         }
         done => done,
     }

@@ -6,11 +6,10 @@
 //! process names the files that are open for writing: after a kill they are stored anew.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::filter::{Filter, Result, Spot, Stop, done, missing};
-use super::open::{Closed, Mark, Open, Way, open_backing};
+use super::open::{Closed, Grip, Mark, Open, Way, open_backing};
 use crate::kml::record::{Fid, Op, PATH_LEN_MAX, ROOT, Range, Seq, Stamp, Time};
 use crate::lento::rights::Mode;
 use crate::replica::hydrate::CAPABILITY;
@@ -19,26 +18,31 @@ use crate::sys::cred::Caller;
 use crate::sys::fs::{self, Kind, o};
 use crate::sys::{Errno, crash};
 
+/// Modes of fallocate(2).
+const PUNCH_HOLE: u32 = 0x02;
+const COLLAPSE_RANGE: u32 = 0x08;
+const INSERT_RANGE: u32 = 0x20;
 /// Files up to this size are fetched whole when they are opened, bytes.
 const WHOLE_LEN_MAX: u64 = 4 << 20;
 
 impl Filter {
     /// Opens a file that exists.
-    pub fn open(&self, by: Caller, fid: Fid, flags: i32) -> Result<Arc<Open>> {
+    pub fn open(&self, by: Caller, fid: Fid, flags: i32) -> Result<Grip> {
         let writer = flags & o::ACCMODE != o::RDONLY;
         if flags & o::TRUNC != 0 && writer {
             let wish = super::attrs::Wish { size: Some(0), ..Default::default() };
             self.setattr(by, fid, wish)?;
         }
-        let open = self.open_found(fid, writer)?;
-        if writer && !open.writable {
-            self.close(&open, writer).1?;
+        let grip = self.open_found(fid, flags)?;
+        if writer && !grip.open.writable {
+            self.close(&grip).1?;
             return Err(Errno::ROFS.into());
         }
-        Ok(open)
+        Ok(grip)
     }
 
-    fn open_found(&self, fid: Fid, writer: bool) -> Result<Arc<Open>> {
+    fn open_found(&self, fid: Fid, flags: i32) -> Result<Grip> {
+        let writer = flags & o::ACCMODE != o::RDONLY;
         // So that a file that is to be written stays as it is found.
         let _object = self.cache.tree.lock_objects(&[fid]);
         let object = self.here(fid)?;
@@ -54,6 +58,7 @@ impl Filter {
         if writer {
             self.changeable()?;
             self.permitted([fid].into_iter())?;
+            self.room_heard()?;
         }
         self.cache.note_used(fid);
         let complete = object.meta.complete;
@@ -70,19 +75,21 @@ impl Filter {
             let stat = fs::fstat(&fd)?;
             let (mark, blocks) = (Mark::of(&stat), stat.blocks);
             let able = self.passthrough.load(Ordering::Relaxed);
-            let passthrough = able && complete && writable;
-            Ok(Way { fd, passthrough, writable, mark, blocks })
+            let passthrough = able && complete && writable && self.kernel_may_move(flags, &stat);
+            let unseen = self.cache.seen(object.meta.fid).is_some();
+            Ok(Way { fd, passthrough, writable, unseen, mark, blocks })
         };
-        self.open_handle(fid, writer, way)
+        self.open_handle(fid, flags, way)
     }
 
     /// One more handle; a writer is noted where a kill cannot erase it.
     pub fn open_handle(
         &self,
         fid: Fid,
-        writer: bool,
+        flags: i32,
         way: impl FnOnce() -> Result<Way>,
-    ) -> Result<Arc<Open>> {
+    ) -> Result<Grip> {
+        let writer = flags & o::ACCMODE != o::RDONLY;
         let open = self.files.open(fid, writer, way)?;
         if writer {
             let mut state = open.state();
@@ -90,19 +97,35 @@ impl Filter {
                 state.slot = self.writers.take(fid);
                 if state.slot.is_none() {
                     drop(state);
-                    self.files.close(&open, writer);
+                    self.files.close(&open, writer, false);
                     return Err(Errno::NFILE.into());
                 }
                 self.cache.begin_writing(fid, open.clone());
             }
         }
-        Ok(open)
+        let by_kernel = writer && open.passthrough && self.kernel_may_write(&open);
+        let rdwr = flags & o::ACCMODE == o::RDWR;
+        if by_kernel {
+            open.state().begin_by_kernel();
+        } else if rdwr && open.passthrough {
+            open.state().dirty = None; // what a mapping writes nobody sees
+        }
+        let may_map = rdwr && !open.passthrough;
+        // Readers may have it open past the daemon, and a mapping takes room that is not there:
+        // then each write is a request of its own.
+        let direct =
+            (writer && open.passthrough && !by_kernel) || (may_map && !self.cover_mapping(&open));
+        Ok(Grip { open, writer, by_kernel, direct })
     }
 
     /// Closes one handle, in any case. True when it was the object's last.
-    pub fn close(&self, open: &Open, writer: bool) -> (bool, Result<()>) {
-        let stored = if writer { done(|| self.store(open)) } else { Ok(()) };
-        let Closed { last, slot } = self.files.close(open, writer);
+    pub fn close(&self, grip: &Grip) -> (bool, Result<()>) {
+        let Grip { open, writer, by_kernel, .. } = grip;
+        let stored = if *writer { done(|| self.store(open)) } else { Ok(()) };
+        let Closed { last, slot } = self.files.close(open, *writer, *by_kernel);
+        if *by_kernel {
+            self.kernel_wrote();
+        }
         // A store that failed leaves its note: the next start stores the file.
         if let (Some(slot), Ok(())) = (slot, &stored) {
             self.writers.release(slot);
@@ -125,24 +148,30 @@ impl Filter {
         // server's new contents were on their way in just then, it is a version of its own, based on
         // none: the server keeps it aside.
         let (ranges, base) = match &state.dirty {
-            Some(ranges) if !meta.complete => (within(ranges, stat.size), meta.stamp),
+            Some(ranges) if !meta.complete || self.ships_ranges(open, &state, &stat) => {
+                (within(ranges, stat.size), meta.stamp)
+            }
             None if !meta.complete => (whole(stat.size), Stamp(0)),
             _ => (whole(stat.size), meta.stamp),
         };
         let mtime = Time { sec: stat.mtime.0, nsec: stat.mtime.1 };
         let (fid, size, old_size) = (open.fid, stat.size, state.stored.size);
-        let op = Op::Store { fid, base, size, mtime, ranges, old_size };
         let path = self.cache.tree.path_by_fid(fid);
+        self.permitted([fid].into_iter())?;
+        let charge = self.charge_of_store(open, &mut state, &stat, &ranges, path.len());
+        let op = Op::Store { fid, base, size, mtime, ranges, old_size };
         let by = Caller { uid: stat.uid, gid: stat.gid, umask: 0 };
         crash::point("store-begun");
-        self.change(by, path.clone(), op, |_| Ok(()))?;
+        self.change_charged(by, path.clone(), op, charge, |_| Ok(()))?;
         crash::point("store-journaled");
         // New data end a file's capabilities wherever they are written: these were set after it.
         let name = CAPABILITY.to_vec();
         if let Some(value) = fs::xattr::get(&open.fd, b"", CAPABILITY).unwrap_or_default() {
             let op = Op::Setxattr { fid, base, name, old: Some(value.clone()), value };
-            self.change(by, path, op, |_| Ok(()))?;
+            done(|| self.change(by, path, op, |_| Ok(())))?;
         }
+        // What was taken beyond that is for what is still to be written, if anybody is to write.
+        state.charge = None;
         (state.stored, state.changed) = (mark, false);
         if self.cache.seen(fid).is_some() {
             self.cache.watch(fid, (stat.size, stat.mtime));
@@ -151,6 +180,11 @@ impl Filter {
         state.held_blocks = stat.blocks;
         if let Some(ranges) = &mut state.dirty {
             ranges.clear();
+        }
+        let by_kernel = state.by_kernel();
+        drop(state);
+        if by_kernel {
+            self.cover_whole(open); // or the next look does
         }
         Ok(())
     }
@@ -263,11 +297,12 @@ impl Filter {
         self.admit(open, Mode::Write)?;
         self.bytes_here(open, at, end - at)?;
         self.cache.settle_hydrated(open.fid, &open.fd)?;
+        let charge = self.charged_write(open, at, bytes.len() as u64)?;
         if kill {
             self.drop_set_id(by, open.fid)?;
         }
         fs::pwrite_all(&open.fd, bytes, at)?;
-        open.wrote(at, bytes.len() as u64);
+        open.wrote(at, bytes.len() as u64, Some(charge));
         Ok(bytes.len() as u32)
     }
 
@@ -278,8 +313,16 @@ impl Filter {
         self.admit(open, Mode::Write)?;
         self.bytes_here(open, 0, u64::MAX)?;
         self.cache.settle_hydrated(open.fid, &open.fd)?;
+        // A shift moves all that follows.
+        let len_changed = match mode & (COLLAPSE_RANGE | INSERT_RANGE) {
+            0 => len,
+            _ => fs::fstat(&open.fd)?.size.max(at).saturating_add(len) - at,
+        };
+        let charged = || self.charged_write(open, at, len_changed);
+        // Whoever gives room is not refused for want of it.
+        let charge = if mode & PUNCH_HOLE == 0 { charged()? } else { done(charged)? };
         fs::fallocate(&open.fd, mode, at, len)?;
-        open.wrote(at, len);
+        open.wrote(at, len_changed, Some(charge));
         Ok(())
     }
 
@@ -305,8 +348,9 @@ impl Filter {
         self.bytes_here(to.0, to.1, len)?;
         self.cache.settle_hydrated(to.0.fid, &to.0.fd)?;
         let len = len.min(1 << 30) as usize;
+        let charge = self.charged_write(to.0, to.1, len as u64)?;
         let copied = fs::copy_range(&from.0.fd, from.1, &to.0.fd, to.1, len)?;
-        to.0.wrote(to.1, copied as u64);
+        to.0.wrote(to.1, copied as u64, Some(charge));
         Ok(copied as u32)
     }
 
@@ -331,14 +375,15 @@ impl Filter {
         let meta = self.cache.tree.meta_of(&fd)?.ok_or(Errno::STALE)?;
         let mark = Mark::of(&fs::Stat::default());
         let (passthrough, writable, blocks) = (meta.complete, false, stat.blocks);
-        let way = || Ok::<_, Stop>(Way { fd, passthrough, writable, mark, blocks });
+        let unseen = passthrough;
+        let way = || Ok::<_, Stop>(Way { fd, passthrough, writable, unseen, mark, blocks });
         let open = self.files.open(fid, false, way)?;
         // Of a file that is not all here, whatever is here may have been written.
         for range in meta.present(stat.size) {
-            open.wrote(range.at, range.len);
+            open.wrote(range.at, range.len, None);
         }
         let stored = done(|| self.store(&open));
-        self.files.close(&open, false);
+        self.files.close(&open, false, false);
         stored
     }
 }

@@ -14,13 +14,17 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::mapped::Mapped;
 use super::open::{Open, OpenFiles};
+use super::room::ByKernel;
 use crate::kml::codec::Outcome;
 use crate::kml::log::LogError;
 use crate::kml::record::{Fid, Name, Op, Origin, Place, ROOT, Record, Seq, Time};
 use crate::kml::writers::Writers;
+use crate::lento::charge;
+use crate::lento::grant::{Charge, Grant};
 use crate::lento::locks::{LockAsk, LockHeld};
 use crate::lento::message::Space;
 use crate::lento::rights::{self, Held, Mode};
+use crate::lento::room::Room;
 use crate::replica::cache::Cache;
 use crate::replica::meta::Meta;
 use crate::replica::ops::time_of_ns;
@@ -46,6 +50,8 @@ pub enum Want {
     Bytes { fid: Fid, at: u64, len: u64 },
     /// these are to be changed: nobody else may have them then
     Permit([Option<Fid>; 4]),
+    /// so much is to be written, and is not granted
+    Room(Room),
 }
 
 /// Why an operation did not end.
@@ -128,6 +134,9 @@ pub struct Filter {
     /// which files are open for writing: outlives the process
     pub writers: Writers,
     pub mapped: Mapped,
+    /// what may be written without asking
+    pub room: Arc<Grant>,
+    pub by_kernel: ByKernel,
     /// data may move without the daemon
     pub passthrough: AtomicBool,
     /// a write counts when it returns, not when the file is closed
@@ -203,6 +212,11 @@ pub fn done<T>(op: impl FnOnce() -> T) -> T {
     with(&DONE, op)
 }
 
+/// Whether what runs here is done already.
+pub fn is_done() -> bool {
+    DONE.get()
+}
+
 fn with<T>(flag: &'static LocalKey<Cell<bool>>, op: impl FnOnce() -> T) -> T {
     struct Reset(&'static LocalKey<Cell<bool>>);
     impl Drop for Reset {
@@ -245,7 +259,7 @@ impl Filter {
             few[count.min(3)] = Some(fid);
             count += 1;
         }
-        if lacks && !DONE.get() { Err(Stop::Miss(Want::Permit(few))) } else { Ok(()) }
+        if lacks && !is_done() { Err(Stop::Miss(Want::Permit(few))) } else { Ok(()) }
     }
 
     /// The directory, with all its entries here.
@@ -350,6 +364,20 @@ impl Filter {
         op: Op,
         act: impl FnOnce(Time) -> Result<T>,
     ) -> Result<T> {
+        let room = charge::of_op(&op, path.len() as u64);
+        let charge = self.charged(room)?;
+        self.change_charged(by, path, op, charge, act)
+    }
+
+    /// The same with room that was taken before.
+    pub fn change_charged<T>(
+        &self,
+        by: Caller,
+        path: Vec<u8>,
+        op: Op,
+        charge: Charge,
+        act: impl FnOnce(Time) -> Result<T>,
+    ) -> Result<T> {
         let time_ns = now_ns();
         let origin = Origin::default();
         let record = Record { time_ns, origin, uid: by.uid, gid: by.gid, path, op };
@@ -364,6 +392,9 @@ impl Filter {
         let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Void };
         if let (Some((_, fid)), Ok(_)) = (made, &done) {
             self.rights.made(fid);
+        }
+        if done.is_ok() {
+            charge.bind(ticket.seq, charge::whole(&record.op));
         }
         crash::point("change-done");
         self.cache.settle(ticket, outcome);

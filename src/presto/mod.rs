@@ -15,6 +15,7 @@
 //!  files.rs    operations on open files
 //!  open.rs     the table of open files
 //!  locks.rs    flock and fcntl locks: publish at unlock, validate at lock
+//!  room.rs     room at the server, before anything is done here
 //!  mapped.rs   files that are closed, and written to through mappings
 //!  pinner.rs   fetches what is pinned, and what appears there later
 //!  evictor.rs  which files give up their data, and when
@@ -41,3 +42,4 @@ pub mod open;
 pub mod parked;
 pub mod pinner;
 mod rings;
+pub mod room;

@@ -4,11 +4,10 @@
 //! what it is for others: a file is created, with these attributes and these data. Names are given
 //! to no other files without one: the kernel refuses that for those that have lost theirs.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::filter::{Filter, Found, Object, Result, Spot, done};
-use super::open::{Mark, Open, Way};
+use super::open::{Grip, Mark, Open, Way};
 use crate::kml::record::{Change, Fid, Name, Op, Stamp};
 use crate::replica::ops::attr_of;
 use crate::replica::tree::Dir;
@@ -18,24 +17,21 @@ use crate::sys::fs::{self, o, xattr};
 
 impl Filter {
     /// Makes a regular file without a name on the file system of `parent`, and opens it.
-    pub fn tmpfile(
-        &self,
-        by: Caller,
-        parent: Fid,
-        mode: u32,
-        writer: bool,
-    ) -> Result<(Found, Arc<Open>)> {
+    pub fn tmpfile(&self, by: Caller, parent: Fid, mode: u32, flags: i32) -> Result<(Found, Grip)> {
         self.changeable()?;
         let dir = self.dir_here(parent)?;
+        self.room_heard()?;
         let meta = self.new_meta()?;
         let fd = as_caller(by, || fs::open(&*dir, b".", o::RDWR | o::TMPFILE, mode))?;
         self.cache.tree.set_meta_of(&fd, &meta)?;
         let stat = fs::fstat(&fd)?;
         let (mark, blocks) = (Mark::of(&stat), stat.blocks);
-        let passthrough = self.passthrough.load(Ordering::Relaxed);
-        let way = || Ok(Way { fd, passthrough, writable: true, mark, blocks });
-        let open = self.open_handle(meta.fid, writer, way)?;
-        Ok((self.found(stat, &meta), open))
+        let able = self.passthrough.load(Ordering::Relaxed);
+        let passthrough = able && self.kernel_may_move(flags, &stat);
+        let (writable, unseen) = (true, false);
+        let way = || Ok(Way { fd, passthrough, writable, unseen, mark, blocks });
+        let grip = self.open_handle(meta.fid, flags, way)?;
+        Ok((self.found(stat, &meta), grip))
     }
 
     /// Gives a file that was made without a name its first one. The caller holds the locks of

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::filter::{Filter, Found, Result, Spot, done, shown};
-use super::open::{Mark, Open, Way};
+use super::open::{Grip, Mark, Way};
 use crate::kml::record::{Fid, Gone, Name, Op, Over, TARGET_LEN_MAX};
 use crate::lento::rights::Mode;
 use crate::replica::meta::Meta;
@@ -124,8 +124,8 @@ impl Filter {
         parent: Fid,
         name: &[u8],
         mode: u32,
-        writer: bool,
-    ) -> Result<(Found, Arc<Open>)> {
+        flags: i32,
+    ) -> Result<(Found, Grip)> {
         let _names = self.cache.tree.lock(&[parent]);
         let (dir, name) = self.new_place(parent, name)?;
         let meta = self.new_meta()?;
@@ -135,10 +135,12 @@ impl Filter {
             let fd = self.cache.tree.create(&dir, &name, by, mode, &meta, when)?;
             let stat = fs::fstat(&fd)?;
             let (mark, blocks) = (Mark::of(&stat), stat.blocks);
-            let passthrough = self.passthrough.load(Ordering::Relaxed);
-            let way = || Ok(Way { fd, passthrough, writable: true, mark, blocks });
-            let open = self.open_handle(meta.fid, writer, way)?;
-            Ok((self.found(stat, &meta), open))
+            let able = self.passthrough.load(Ordering::Relaxed);
+            let passthrough = able && self.kernel_may_move(flags, &stat);
+            let (writable, unseen) = (true, false);
+            let way = || Ok(Way { fd, passthrough, writable, unseen, mark, blocks });
+            let grip = self.open_handle(meta.fid, flags, way)?;
+            Ok((self.found(stat, &meta), grip))
         })
     }
 

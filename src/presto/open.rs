@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::kml::record::{Fid, RANGES_MAX, Range};
 use crate::kml::writers::Slot;
+use crate::lento::grant::Charge;
+use crate::lento::room::Room;
 use crate::replica::cache::Written;
 use crate::sys::fs::{self, Stat, o};
 
@@ -29,6 +31,10 @@ pub struct Open {
 pub struct OpenState {
     handles: u32,
     writers: u32,
+    /// of these, how many write past the daemon
+    kernel_writers: u32,
+    /// room for what was written since the last store record
+    pub charge: Option<Charge>,
     /// in the table of files that were open for writing when the process died
     pub slot: Option<Slot>,
     /// the file as the last store record had it
@@ -39,6 +45,38 @@ pub struct OpenState {
     pub held_blocks: u64,
     /// what was written through the daemon since then; all of the file when `None`
     pub dirty: Option<Vec<Range>>,
+}
+
+impl OpenState {
+    /// The room that is there for what was written.
+    pub fn charge_room(&self) -> Room {
+        self.charge.as_ref().map_or(Room::NONE, Charge::room)
+    }
+    pub fn keep_charge(&mut self, charge: Charge) {
+        match &mut self.charge {
+            Some(held) => held.join(charge),
+            none => *none = Some(charge),
+        }
+    }
+    /// Whether somebody writes past the daemon.
+    pub fn by_kernel(&self) -> bool {
+        self.kernel_writers > 0
+    }
+    /// One more writes past the daemon: from now on it is not known where.
+    pub fn begin_by_kernel(&mut self) {
+        self.kernel_writers += 1;
+        self.dirty = None;
+    }
+}
+
+/// One handle that an application has open.
+pub struct Grip {
+    pub open: Arc<Open>,
+    pub writer: bool,
+    /// its data go past the daemon
+    pub by_kernel: bool,
+    /// no pages are kept for it, so that it cannot be mapped
+    pub direct: bool,
 }
 
 /// By what a change of the data shows. Not by the ctime: our own notes on the object move it, and
@@ -60,10 +98,11 @@ impl Open {
         held(&self.state)
     }
 
-    /// Notes bytes that were written through the daemon.
-    pub fn wrote(&self, at: u64, len: u64) {
+    /// Notes bytes that were written through the daemon, and the room that was taken for them.
+    pub fn wrote(&self, at: u64, len: u64, charge: Option<Charge>) {
         let mut state = self.state();
         state.changed = true;
+        charge.into_iter().for_each(|charge| state.keep_charge(charge));
         if let Some(ranges) = &mut state.dirty {
             add_range(ranges, Range { at, len });
         }
@@ -118,6 +157,8 @@ pub struct Way {
     pub fd: OwnedFd,
     pub passthrough: bool,
     pub writable: bool,
+    /// it was, or may be, written to where nobody sees it
+    pub unseen: bool,
     pub mark: Mark,
     /// of 512 bytes
     pub blocks: u64,
@@ -143,11 +184,21 @@ impl OpenFiles {
             Some(open) => open.clone(),
             None => {
                 let way = way()?;
-                let dirty = if way.passthrough { None } else { Some(Vec::new()) };
+                let dirty = if way.unseen { None } else { Some(Vec::new()) };
                 let (slot, stored, held_blocks) = (None, way.mark, way.blocks);
                 let (handles, writers, changed) = (0, 0, false);
-                let state =
-                    OpenState { handles, writers, slot, stored, changed, held_blocks, dirty };
+                let (kernel_writers, charge) = (0, None);
+                let state = OpenState {
+                    handles,
+                    writers,
+                    kernel_writers,
+                    charge,
+                    slot,
+                    stored,
+                    changed,
+                    held_blocks,
+                    dirty,
+                };
                 let open = Arc::new(Open {
                     fid,
                     fd: way.fd,
@@ -172,11 +223,12 @@ impl OpenFiles {
     }
 
     /// Closes one handle. True when it was the object's last.
-    pub fn close(&self, open: &Open, writer: bool) -> Closed {
+    pub fn close(&self, open: &Open, writer: bool, by_kernel: bool) -> Closed {
         let mut all = held(&self.0);
         let mut state = open.state();
         state.handles = state.handles.saturating_sub(1);
         state.writers = state.writers.saturating_sub(u32::from(writer));
+        state.kernel_writers = state.kernel_writers.saturating_sub(u32::from(by_kernel));
         let slot = if state.writers == 0 { state.slot.take() } else { None };
         let last = state.handles == 0;
         drop(state);

@@ -267,6 +267,7 @@ impl Volume {
         let ticket = self.log.append(record)?;
         crash::point("apply-journaled");
         let stamp = Stamp(ticket.seq.0);
+        let before = self.weigh(&record.op);
         let done = match self.perform(record, content, stamp) {
             // a file system says the same when an attribute is too large for it
             Err(VolumeError::NoRoom)
@@ -276,6 +277,8 @@ impl Volume {
             }
             done => done,
         };
+        let after = self.weigh(&record.op);
+        self.note_usage(before, after);
         let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Void };
         crash::point("apply-done");
         self.log.settle(ticket, outcome);
@@ -367,13 +370,25 @@ impl Volume {
             }
             Content::Spooled => {
                 let from = self.spool.get(origin.node, origin.seq).map_err(TreeError::from)?;
-                copy_ranges(&from, &file, ranges).map_err(TreeError::from)?;
+                let carry = if self.has_room_for_both(ranges) { copy_ranges } else { move_ranges };
+                carry(&from, &file, ranges).map_err(TreeError::from)?;
             }
             Content::None | Content::Gone => {}
         }
         fs::truncate(&file, size).map_err(TreeError::from)?;
         fs::utimes_fd(&file, times.0, times.1)?;
         Ok(self.tree.set_meta_of(&file, &meta)?)
+    }
+    /// Whether the disk has room for these ranges twice, and for much more: reservations count them
+    /// once.
+    fn has_room_for_both(&self, ranges: &[Range]) -> bool {
+        const SPARE_LEN: u64 = 1 << 30;
+        let len = ranges.iter().fold(0, |sum: u64, range| sum.saturating_add(range.len));
+        let enough = |s: fs::Space| {
+            let left = u64::from(s.block_len).saturating_mul(s.blocks_available);
+            left > len.saturating_add(SPARE_LEN)
+        };
+        self.space().is_ok_and(enough)
     }
     /// Makes a new file look like the one that it replaces.
     fn dress(&self, file: &OwnedFd, dir: &Dir, name: &Name, stat: &fs::Stat) -> Result<()> {
@@ -439,9 +454,23 @@ pub(super) fn write_ranges(file: &OwnedFd, ranges: &[Range], mut bytes: &[u8]) -
 
 /// What lies beyond the source's end is left out: the file has become shorter since.
 pub(super) fn copy_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range]) -> fs::Result<()> {
+    carry_ranges(from, to, ranges, false)
+}
+
+/// The same for a source that is of no use afterwards. It gives its room back piece by piece, so
+/// that both together take no more than one of them: after a failure its bytes come again from the
+/// client.
+fn move_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range]) -> fs::Result<()> {
+    carry_ranges(from, to, ranges, true)
+}
+
+fn carry_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range], punch: bool) -> fs::Result<()> {
+    const PUNCH_HOLE_KEEP_SIZE: u32 = 0x02 | 0x01;
+    const BLOCK_LEN: u64 = 4096;
     let mut buf = vec![0; 1 << 20];
     for range in ranges {
         let mut into = 0;
+        let mut punched = range.at - range.at % BLOCK_LEN;
         while into < range.len {
             let want = (range.len - into).min(buf.len() as u64) as usize;
             let have = match fs::pread(from.as_fd(), &mut buf[..want], range.at + into) {
@@ -451,6 +480,14 @@ pub(super) fn copy_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range]) -> fs:
             };
             fs::pwrite_sparse(to, &buf[..have], range.at + into)?;
             into += have as u64;
+            let copied = (range.at + into) - (range.at + into) % BLOCK_LEN;
+            // a file system that cannot do that has no room to spare, and says so
+            if punch
+                && copied > punched
+                && fs::fallocate(from, PUNCH_HOLE_KEEP_SIZE, punched, copied - punched).is_ok()
+            {
+                punched = copied;
+            }
         }
     }
     Ok(())

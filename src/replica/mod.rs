@@ -11,6 +11,7 @@ pub mod index;
 pub mod meta;
 pub mod ops;
 pub mod recover;
+pub mod room;
 pub mod state;
 pub mod tree;
 
@@ -35,6 +36,7 @@ pub mod replay;
 pub mod resolve;
 pub mod settings;
 mod spool;
+mod usage;
 pub mod volume;
 
 pub mod compare;

@@ -15,6 +15,7 @@
 //! redone at open (redo.rs). Clients neither see nor name `.imz` and `.imz-conflicts` at the root.
 
 use std::collections::{BTreeSet, HashMap};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -23,10 +24,12 @@ use super::live::Live;
 use super::meta::Meta;
 use super::nodes::Nodes;
 use super::ops::attr_of;
+use super::room::{BookFile, Pair};
 use super::settings::name_at_start;
 use super::spool::Spool;
 use super::state::{Facts, State, StateError, random};
 use super::tree::{Dir, OWN_NAME, Tree, TreeError, is_own};
+use super::usage;
 use crate::kml::codec::Outcome;
 use crate::kml::log::{Log, LogError, Options};
 use crate::kml::record::{Attr, Fid, Name, ROOT, Seq, Stamp};
@@ -45,7 +48,7 @@ const LIST_RECORDS_MAX: u64 = 8192;
 const SINCE_RECORDS_MAX: usize = 65536;
 /// Most objects in one such answer.
 const SINCE_FIDS_MAX: usize = 8000;
-/// The history is cut to half when it takes more room than this, bytes.
+/// The history is cut to half when it takes more room than this, or than a part of the disk, bytes.
 const HISTORY_LEN_MAX: u64 = 1 << 30;
 /// Records that a restart must look at, before the table of clients is written anew.
 const TAIL_MAX: u64 = 65536;
@@ -154,6 +157,12 @@ pub struct Volume {
     pub(super) nodes: Nodes,
     pub(super) spool: Spool,
     live: Live,
+    pub(super) book: BookFile,
+    /// the file system's number
+    pub(super) disk: u64,
+    /// what the files take, where somebody wants to know
+    pub(super) usage: Option<Pair>,
+    history_len_max: u64,
     /// directories whose entries were changed, by whom and at which stamp: set once a batch
     pub(super) touched: HashMap<Fid, (u32, Stamp)>,
     pub(super) kept: Kept,
@@ -233,7 +242,10 @@ impl Volume {
         state.edit(|facts| facts.clean = false)?;
         let tree = Tree::open(dir, &state_dir.join("index.redb"), facts.clean)?;
         let incarnation = facts.incarnation();
-        let log = Log::open_or_create(&state_dir.join("kml"), 0, incarnation, Options::default())?;
+        let space = fs::space(&root)?;
+        let disk_len = u64::from(space.block_len).saturating_mul(space.blocks);
+        let options = Options { segment_len: usage::segment_len(disk_len) };
+        let log = Log::open_or_create(&state_dir.join("kml"), 0, incarnation, options)?;
         let mut volume = Volume {
             dir: dir.to_owned(),
             name: name.to_owned(),
@@ -243,6 +255,10 @@ impl Volume {
             state,
             spool,
             live: Live::of(state_dir),
+            book: BookFile::of(state_dir),
+            disk: std::fs::metadata(dir).map_err(|_| Errno::IO)?.dev(),
+            usage: None,
+            history_len_max: usage::history_len(disk_len, HISTORY_LEN_MAX),
             touched: HashMap::new(),
             kept: Kept::default(),
             syncing: Vec::new(),
@@ -310,7 +326,7 @@ impl Volume {
         {
             log::warn!("{}: what a restart must look at grows: {e}", self.dir.display());
         }
-        if self.log.bytes() > HISTORY_LEN_MAX
+        if self.log.bytes() > self.history_len_max
             && let Err(e) = self.trim()
         {
             log::warn!("{}: the history cannot be cut: {e}", self.dir.display());

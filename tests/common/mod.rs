@@ -121,6 +121,15 @@ pub struct Disk {
 impl Disk {
     /// `None` says that this machine cannot mount; the caller's test ends then.
     pub fn new(mib: u64) -> Option<Disk> {
+        Disk::made(mib, &[])
+    }
+
+    /// With no more than about so many inodes.
+    pub fn with_files(mib: u64, count: u64) -> Option<Disk> {
+        Disk::made(mib, &["-N", &count.to_string()])
+    }
+
+    fn made(mib: u64, options: &[&str]) -> Option<Disk> {
         if !rustix::process::geteuid().is_root() {
             return unable("only root can mount disks");
         }
@@ -133,7 +142,7 @@ impl Disk {
         let image = holder.path().join("image");
         File::create(&image).unwrap().set_len(mib << 20).unwrap();
         let image = image.to_str().unwrap();
-        run(&["mkfs.ext4", "-F", "-q", "-b", "4096", image]);
+        run(&[&["mkfs.ext4", "-F", "-q", "-b", "4096"], options, &[image]].concat());
         let dir = mount_point();
         let out = command(&["mount", "-o", "loop", image, dir.to_str().unwrap()]).output().unwrap();
         if !out.status.success() {

@@ -23,6 +23,8 @@ pub enum Want {
     Bytes(Fid, u64, u64),
     /// these are to be changed
     Permit(Vec<Fid>),
+    /// so much is to be written
+    Room(imz::lento::room::Room),
 }
 
 #[derive(Debug)]
@@ -137,7 +139,9 @@ impl Run {
         let mut fs = Filter { cache, seen: &mut self.seen, whole_len_max };
         match &op {
             Op::Create { path, blocks } => {
+                fs.cache.room.charge_new().map_err(|room| Stop::Miss(Want::Room(room)))?;
                 let fid = fs.create(path, false)?;
+                fs.cache.room.charged_new(fid);
                 fs.cache.begin_writing(fid);
                 self.fid = fid;
                 for block in 0..*blocks {
@@ -159,6 +163,8 @@ impl Run {
                 if self.stage == 1 {
                     let (from, to) = (at * BLOCK_LEN, (at + blocks) * BLOCK_LEN);
                     fs.bytes_here(self.fid, from, to)?;
+                    let charged = fs.cache.room.charge_write(self.fid);
+                    charged.map_err(|room| Stop::Miss(Want::Room(room)))?;
                     for block in *at..at + blocks {
                         let token = tokens();
                         fs.cache.wrote(self.fid, block * BLOCK_LEN, &token.to_le_bytes());
@@ -378,6 +384,7 @@ impl Filter<'_> {
     }
     fn change(&mut self, op: Change_, meta: &imz::replica::meta::Meta) -> Result_<()> {
         self.permitted(rights::needs(&op))?;
+        self.cache.room.charge(&op).map_err(|room| Stop::Miss(Want::Room(room)))?;
         let when = self.cache.now();
         let made = rights::made(&op).filter(|(dir, _)| self.cache.rights.mode(*dir) == Mode::Write);
         self.cache.change(op.clone(), |cache| cache.tree.perform(&op, when, meta))?;

@@ -13,6 +13,7 @@ use imz::replica::ops::time_of_ns;
 use imz::replica::pending::Pending;
 
 use crate::rng::Rng;
+use crate::space::Room;
 use crate::tree::{DIR_MODE, GRANULE_LEN, Node, Tree, set};
 
 /// A record of the cache's own journal.
@@ -85,6 +86,7 @@ pub struct Cache {
     pub as_is: bool,
     /// blocks that own later writes wrote over, by what they had in them
     pub over: BTreeSet<u64>,
+    pub room: Room,
 }
 
 fn is_dir(object: &Object) -> bool {
@@ -115,6 +117,7 @@ impl Cache {
             now_ns: 0,
             as_is: false,
             over: BTreeSet::new(),
+            room: Room::default(),
         }
     }
     pub fn new_meta(&mut self) -> Meta {
@@ -186,6 +189,7 @@ impl Cache {
         self.journal.push(entry);
         let done = act(self);
         self.journal[nth].done = done.is_ok();
+        self.room.settle(Seq(nth as u64 + 1), done.is_ok());
         self.journal[nth].after = Some((self.tree.clone(), self.limbo.clone()));
         done
     }
@@ -226,12 +230,14 @@ impl Cache {
             ranges = vec![Range { at: 0, len: size }];
         }
         let ranges = merged(ranges, size);
+        self.room.charge_store(fid);
         let op = Op::Store { fid, base, size, mtime, ranges, old_size };
         let done = self.change(op, |_| Ok(()));
         debug_assert!(done.is_ok());
     }
     pub fn end_writing(&mut self, fid: Fid) {
         self.store(fid);
+        self.room.end_writing(fid);
         if let Some(writer) = self.writers.get_mut(&fid) {
             writer.count -= 1;
             if writer.count == 0 {
@@ -579,6 +585,7 @@ impl Cache {
     /// The process died: what it had in memory is gone.
     pub fn restart(&mut self) {
         self.online = false;
+        self.room.restart(&self.journal, self.acked, false);
         self.rights = Rights::default();
         let open: Vec<Fid> = self.writers.keys().copied().collect();
         for fid in open {
@@ -625,6 +632,7 @@ impl Cache {
         (self.acked, self.current) = (durable.acked, durable.current);
         self.journal.truncate(survives);
         self.synced = survives;
+        self.room.restart(&self.journal, self.acked, true);
         // The newest store of each file says what its data are, if they reached the disk.
         let mut lost = Vec::new();
         let mut newest: BTreeMap<Fid, usize> = BTreeMap::new();

@@ -23,6 +23,7 @@ impl World {
                 client.healthy_since = Some(now);
             }
         }
+        self.check_room();
         if std::mem::take(&mut self.ctx.rights_changed) {
             self.check_permits();
         }

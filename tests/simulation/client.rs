@@ -109,7 +109,10 @@ impl Client {
         let settings = Settings { age, ..Settings::default() };
         let seed = ctx.rng.next();
         let (acked, current) = (self.cache.acked, self.cache.current);
-        let machine = Machine::new(who, current, acked, settings, seed, ctx.instant(self.no));
+        let mut machine = Machine::new(who, current, acked, settings, seed, ctx.instant(self.no));
+        if ctx.setup.room.is_some() {
+            machine.set_grant(self.cache.room.grant(&self.cache.journal, acked));
+        }
         self.machine = Some(machine);
         self.settled = Seq(0);
         self.look_at = None;
@@ -305,6 +308,7 @@ impl Client {
             Want::Dir(fid) => (fid, Need::Dir { fid, have: self.cache.version(fid) }),
             Want::Object(fid) => (fid, Need::Object { fid, have: self.cache.version(fid) }),
             Want::Permit(fids) => (fids[0], Need::Permit(fids)),
+            Want::Room(room) => (Fid(0), Need::Room(room)),
             Want::Bytes(fid, from, to) => match self.cache.bytes(fid, from, to) {
                 Some(bytes) => (fid, Need::Bytes(bytes)),
                 None => {
@@ -325,6 +329,7 @@ impl Client {
         match (how, self.failed.get(&fid)) {
             (Ok(()), None) => self.go(step, ctx),
             (Ok(()), Some(e)) => self.fail(step, *e, ctx),
+            (Err(Unmet::NoRoom), _) => self.fail(step, Errno::NOSPC, ctx),
             (Err(Unmet::Gone), _) => self.fail(step, Errno::STALE, ctx),
             (Err(_), _) => self.fail(step, Errno::HOSTUNREACH, ctx),
         }
@@ -484,6 +489,7 @@ impl Client {
                     self.cache.pending.take_back();
                 }
             }
+            Effect::KeepGrant => self.cache.room.keep(),
             Effect::SaveCurrent(_) => self.keep(ctx),
         }
     }
@@ -516,6 +522,7 @@ impl Client {
     }
     fn keep(&mut self, ctx: &mut Ctx) {
         self.kept_at = ctx.now;
+        self.cache.room.keep();
         if let Some(machine) = &self.machine {
             self.cache.keep(machine.acked(), machine.current());
             self.cache.pending.prune(machine.floor());

@@ -22,6 +22,7 @@ mod planted;
 mod rng;
 mod server;
 mod shrink;
+mod space;
 mod tree;
 mod volume;
 mod world;

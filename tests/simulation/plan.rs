@@ -143,6 +143,8 @@ pub struct Setup {
     pub sync_time: Micros,
     /// every read must see every write that was complete before it
     pub strict: bool,
+    /// room is reserved, and there is so much of it, bytes (space.rs)
+    pub room: Option<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -178,6 +180,7 @@ impl Plan {
             whole_len_max: rng.pick(&[24, 64]),
             sync_time: rng.pick(&[MS, 20 * MS, 300 * MS]),
             strict: false,
+            room: None,
         };
         let span = ops as u64 * rng.pick(&[20 * MS, 100 * MS, 400 * MS]);
         // a few directories and files, so that clients meet

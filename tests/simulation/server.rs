@@ -10,6 +10,7 @@ use imz::lento::server::{Effect, Server as Machine, Settings};
 use imz::net::answer;
 
 use crate::plan::Micros;
+use crate::space::Disk;
 use crate::volume::{Volume, Watch};
 use crate::world::{Ctx, Event};
 
@@ -36,6 +37,7 @@ pub struct Server {
     pub told: BTreeMap<u32, Seq>,
     /// somebody was told: what others have must be current now
     pub has_told: bool,
+    pub disk: Disk,
 }
 
 fn conn_id(conn: usize) -> ConnId {
@@ -59,6 +61,7 @@ impl Server {
             conns: BTreeSet::new(),
             told: BTreeMap::new(),
             has_told: false,
+            disk: Disk::default(),
         }
     }
     pub fn start(&mut self, ctx: &Ctx) {
@@ -68,6 +71,7 @@ impl Server {
         self.marks = self.volume.marks();
         let no = machine.add_volume("v", [7; 16], self.volume.stamp());
         machine.expect_back(no, &self.expected, ctx.instant(ctx.server_no()));
+        self.disk.start(&mut machine, ctx);
         self.machine = Some(machine);
         self.powered = true;
     }
@@ -194,6 +198,7 @@ impl Server {
                     let room = if full { ctx.rng.below(3) } else { u64::MAX };
                     let history = &mut ctx.history;
                     let mut watch = Watch { history, violations: Vec::new(), room };
+                    self.disk.announce(node, &changes);
                     let applied = self.volume.apply(node, upto, &changes, &mut watch);
                     let violations = watch.violations;
                     ctx.tell(|| {
@@ -210,6 +215,9 @@ impl Server {
                     for why in violations {
                         ctx.fail(why);
                     }
+                    if let Some(why) = self.disk.check(&self.volume) {
+                        ctx.fail(why);
+                    }
                     if !applied.also.is_empty() {
                         // aliases must outlive what is acknowledged under them
                         self.durable = self.volume.clone();
@@ -217,6 +225,14 @@ impl Server {
                     machine.on_applied(ticket, 0, applied, now);
                 }
                 Effect::Resolve { .. } => unreachable!("no client here decides anything"),
+                Effect::Survey { volume } => {
+                    let (free, used) = self.disk.survey(&self.volume);
+                    machine.on_surveyed(volume, free, used, now);
+                }
+                Effect::SaveGrants { saved, then: (conn, id, message), .. } => {
+                    self.disk.saved = saved;
+                    ctx.send((conn.0 as usize, false), false, id, true, message);
+                }
                 Effect::Live { nodes, .. } => self.expected = nodes,
                 Effect::Sync { .. } => {
                     self.syncing = Some(self.volume.clone());

@@ -76,6 +76,7 @@ impl Client {
     /// The mount ends, with nothing left to be shipped: others need not wait for it.
     pub fn farewell(&mut self) {
         if self.is_online() {
+            self.asker.farewell(&mut self.line);
             let (message, id) = (Released { kept: Vec::new(), upto: Seq(0) }.into(), 0);
             self.line.effect(Effect::Send { foreground: true, id, answer: false, message });
         }

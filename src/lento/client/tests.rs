@@ -148,7 +148,17 @@ fn bytes(fid: Fid, need: &[u64], ahead: &[u64]) -> Want {
 fn welcome(acked: u64, stamp: u64) -> Welcome {
     let (version, volume_id, volume) = (VERSION, [2; 16], "v".to_owned());
     let (acked, stamp) = (Seq(acked), Stamp(stamp));
-    Welcome { version, volume_id, node: 3, acked, stamp, volume, seen: acked, read_only: false }
+    Welcome {
+        version,
+        volume_id,
+        node: 3,
+        acked,
+        stamp,
+        volume,
+        seen: acked,
+        read_only: false,
+        room: None,
+    }
 }
 
 #[test]

@@ -48,6 +48,7 @@ impl Rig {
             pending,
             keeps: node == KEEPER,
             locks: false,
+            room: None,
         };
         self.say(conn, hello);
         self.server.on_met(conn, node, (Seq(0), Seq(0)), self.now);

@@ -29,6 +29,7 @@ fn hello(volume: &str) -> Hello {
         volume_id: [0; 16],
         host: "h".into(),
         locks: false,
+        room: None,
         pending: Seq(0),
         keeps: false,
     }
@@ -177,6 +178,7 @@ fn hello_is_answered_by_welcome() {
         volume: "v".into(),
         seen: Seq(3),
         read_only: false,
+        room: None,
     };
     let message = want.into();
     let want = Effect::Send { conn: A, background: false, id: 5, answer: true, message };

@@ -25,6 +25,7 @@ fn hello(volume: &str, id: u8, pending: u64) -> Hello {
         volume_id: [id; 16],
         host: "h".into(),
         locks: false,
+        room: None,
         pending: Seq(pending),
         keeps: false,
     }

@@ -11,6 +11,7 @@ use crate::cli::MountArgs;
 use crate::cli::options::Source;
 use crate::kml::record::{ROOT, Seq};
 use crate::lento::client::Unmet;
+use crate::lento::grant::Regime;
 use crate::lento::locks::{Denied, LockAsk};
 use crate::lento::message::{Code, Space};
 use crate::lento::policy;
@@ -37,6 +38,7 @@ impl Lento for Way {
             Want::Object(fid) => client::Want::Object(fid),
             Want::Bytes { fid, at, len } => client::Want::Bytes { fid, at, len },
             Want::Permit(few) => client::Want::Permit(few),
+            Want::Room(room) => client::Want::Room(room),
         };
         self.0.want(want, Box::new(|met| done(met.map_err(errno))));
     }
@@ -79,6 +81,7 @@ fn errno(why: Unmet) -> Errno {
         Unmet::Unreachable => Errno::HOSTUNREACH,
         Unmet::Gone => Errno::STALE,
         Unmet::Failed(Code::ReadOnly) => Errno::ROFS,
+        Unmet::NoRoom => Errno::NOSPC,
         Unmet::Failed(_) => Errno::IO,
         Unmet::Local(errno) => Errno::from_raw_os_error(errno),
     }
@@ -243,6 +246,15 @@ impl<F: Fn() + Send + Sync> Answer for Told<F> {
             },
             permits_apart: s.permits_apart,
             passthrough: self.filter.passthrough.load(Ordering::Relaxed),
+            space_regime: match s.room.regime {
+                Regime::Off => "off".to_owned(),
+                Regime::Ample => "ample".to_owned(),
+                Regime::Exact => "exact".to_owned(),
+            },
+            space_granted_bytes: s.room.granted.bytes(),
+            space_granted_files: s.room.granted.files(),
+            space_used_bytes: s.room.in_use.bytes(),
+            space_used_files: s.room.in_use.files(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             last_error: s.last_error,

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::config::{ConfigFile, Edit, Staged, VolumeConfig};
 use crate::cli::options;
+use crate::lento::ledger::Holding;
 use crate::lento::rights::Mode;
+use crate::lento::room::Room;
 use crate::lento::serving::{Client, Owing};
 use crate::modes::explain::explain;
 use crate::modes::{Exit, Failure, exit_code};
@@ -19,7 +21,7 @@ use crate::net::conflicts::Ask;
 use crate::net::control::volumes::{
     CLIENTS_MAX, ClientStatus, Said, UserQuota, VolumeAsk, VolumeStatus, server_socket,
 };
-use crate::net::control::{self, Answer, Control, Refusal, Status};
+use crate::net::control::{self, Answer, Control, Refusal, SpaceGrant, Status};
 use crate::net::handle::{Handle, Report, VolumeReport};
 use crate::net::server::ServerError;
 use crate::net::volumes::{Done, Order, OrderError};
@@ -332,7 +334,7 @@ impl Answer for Told {
             last_error: volume.and_then(|volume| volume.last_error.clone()),
             clients: Some(clients.into_iter().take(CLIENTS_MAX).collect()),
             client_count,
-            ..Status::default()
+            ..room_of(volume, &report.clients)
         }
     }
     // a server has nothing to ship
@@ -357,5 +359,35 @@ impl Answer for Told {
         self.orders
             .carry_out(ask)
             .map_err(|e| Refusal { error: format!("{e:#}"), exit: Some(exit_code(&e)) })
+    }
+}
+
+/// How the volume's room is shared out.
+fn room_of(volume: Option<&VolumeReport>, clients: &[Client]) -> Status {
+    let Some((volume, room)) = volume.and_then(|it| Some((it, it.room.as_ref()?))) else {
+        return Status::default();
+    };
+    let host = |node: u32| {
+        let is_it = |client: &&Client| client.volume == volume.no && client.node == node;
+        clients.iter().find(is_it).map_or_else(String::new, |client| client.host.clone())
+    };
+    let grant = |held: &Holding| SpaceGrant {
+        node: held.node,
+        host: host(held.node),
+        away: held.away,
+        bytes: held.outstanding.bytes(),
+        files: held.outstanding.files(),
+    };
+    Status {
+        space_available_bytes: room.available.bytes(),
+        space_available_files: room.available.files(),
+        space_granted_bytes: room.granted.bytes(),
+        space_granted_files: room.granted.files(),
+        space_quota_bytes: room.quota.map(Room::bytes),
+        space_quota_files: room.quota.map(Room::files),
+        space_volume_bytes: room.used.bytes(),
+        space_volume_files: room.used.files(),
+        space_grants: room.holdings.iter().map(grant).collect(),
+        ..Status::default()
     }
 }

@@ -17,10 +17,12 @@ use crate::lento::rights::Mode;
 use crate::lento::ship::Bell;
 use crate::net::conn::{Conn, Lane};
 use crate::net::poll::{Event, Loop, Stream};
+use crate::net::room;
 use crate::replica::cache::Cache;
 use crate::replica::hydrate::{self, Notice};
 use crate::replica::merge::{self, Listing};
 use crate::replica::meta::Meta;
+use crate::replica::room::FiguresFile;
 use crate::replica::tree::TreeError;
 use crate::sys::clock;
 
@@ -76,6 +78,7 @@ pub(super) struct Driver {
     /// the cache has changed since everything was made durable
     changed: bool,
     rate: Rate,
+    grant_file: Option<Arc<FiguresFile>>,
     stop: bool,
 }
 
@@ -117,7 +120,8 @@ impl Driver {
         // Any number does: clients differ in their incarnation, and attempts in their time.
         let seed = facts.incarnation() as u64 ^ u64::from(std::process::id());
         let settings = Settings { age: options.age, ..Settings::default() };
-        let machine = Client::new(who, current, acked, settings, seed, now);
+        let mut machine = Client::new(who, current, acked, settings, seed, now);
+        machine.set_grant(options.grant);
         Driver {
             shared,
             peer,
@@ -148,6 +152,7 @@ impl Driver {
             kept: (acked, current),
             changed: false,
             rate: Rate { since: now, out: 0, per_second: 0.0 },
+            grant_file: options.grant_file,
             stop: false,
             cache,
         }
@@ -285,6 +290,7 @@ impl Driver {
         let (fid, need) = match want {
             Want::Dir(fid) => (fid, Need::Dir { fid, have: self.listed(fid) }),
             Want::Object(fid) => (fid, Need::Object { fid, have: self.version(fid) }),
+            Want::Room(room) => (Fid(0), Need::Room(room)),
             Want::Permit(few) => {
                 let fids: Vec<Fid> = few.into_iter().flatten().collect();
                 let Some(first) = fids.first() else { return waiter.end(Ok(())) };
@@ -360,6 +366,8 @@ impl Driver {
             }),
             Effect::Lower { recall_id, fids, mode } => self.lower(recall_id, &fids, mode, now),
             Effect::CutBatch { after, upto } => {
+                // from now on each of these needs its own room
+                self.shared.grant.sent(upto);
                 let generation = self.cutting;
                 self.worker.give(Job::Cut { generation, after, upto });
             }
@@ -404,6 +412,7 @@ impl Driver {
                     self.for_online.drain(..).for_each(|waiter| waiter.end(Ok(())));
                 }
             }
+            Effect::KeepGrant => self.keep_grant(),
             Effect::SaveCurrent(_) => self.keep(now),
         }
     }
@@ -596,8 +605,17 @@ impl Driver {
 
     fn keep(&mut self, now: Instant) {
         (self.keep_at, self.changed) = (now + KEEP_EVERY, false);
+        // Before the journal's cursor: charges up to there are not found again.
+        self.keep_grant();
         self.kept = (self.machine.acked(), self.machine.current());
         self.worker.give(Job::Keep { acked: self.kept.0, current: self.kept.1 });
+    }
+
+    fn keep_grant(&self) {
+        let Some(file) = &self.grant_file else { return };
+        if let Err(e) = file.keep(&room::figures(&self.shared.grant)) {
+            self.note_error(&format!("what was granted cannot be kept: {e}"));
+        }
     }
 
     fn finish(mut self) {
@@ -605,6 +623,11 @@ impl Driver {
         self.link = Link::None;
         self.cache.set_online(false);
         self.worker.finish();
+        if let Some(file) = &self.grant_file
+            && let Err(e) = file.close(&room::figures(&self.shared.grant))
+        {
+            log::warn!("what was granted is not kept: {e}");
+        }
         self.shared.facts().connected = false;
         // Waiters that are left are told by being dropped, here and in the inbox.
     }

@@ -84,6 +84,7 @@ impl Served {
                 volume,
                 seen: acked,
                 read_only: false,
+                room: None,
             },
         );
         let since = self.next();

@@ -95,19 +95,28 @@ pub struct OpenFlags {
     pub no_flush: bool,
     /// pages that the kernel has are as good as before
     pub keep_cache: bool,
+    /// each read and write is a request, and no page is kept
+    pub direct: bool,
     /// the kernel moves the data to and from this backing file
     pub backing: Option<i32>,
 }
 
 fn put_open(body: Body, fh: u64, flags: OpenFlags) -> Body {
+    const DIRECT_IO: u32 = 1 << 0;
     const KEEP_CACHE: u32 = 1 << 1;
     const NOFLUSH: u32 = 1 << 5;
     const PASSTHROUGH: u32 = 1 << 7;
     let mut bits = if flags.no_flush { NOFLUSH } else { 0 };
     match flags.backing {
         Some(_) => bits |= PASSTHROUGH, // pages are the backing file's: to keep them is an error
+        None if flags.direct => {}
         None if flags.keep_cache => bits |= KEEP_CACHE,
         None => {}
+    }
+    // It goes before the other way of a file that is open past the daemon already, which all its
+    // handles must name.
+    if flags.direct {
+        bits |= DIRECT_IO;
     }
     body.u64(fh).u32(bits).u32(flags.backing.unwrap_or(0) as u32)
 }

@@ -187,11 +187,15 @@ fn a_lock_is_of_the_file_or_of_bytes() {
 fn bodies_have_the_lengths_of_their_structures() {
     let stat = Stat { mode: 0o100644, size: 5, ..Stat::default() };
     let it = Entry { ino: 9, stat: &stat, keep: 1 };
-    let flags = OpenFlags { no_flush: true, keep_cache: true, backing: Some(3) };
+    let flags = OpenFlags { no_flush: true, keep_cache: true, direct: false, backing: Some(3) };
     assert_eq!(entry(&it).len(), 128);
     assert_eq!(attr(&it).len(), 104);
     assert_eq!(open(1, flags).len(), 16);
     assert_eq!(open(1, flags)[8..12], (1u32 << 5 | 1 << 7).to_ne_bytes());
+    let direct = OpenFlags { no_flush: true, keep_cache: true, direct: true, backing: None };
+    assert_eq!(open(1, direct)[8..12], (1u32 << 5 | 1 << 0).to_ne_bytes());
+    let both = OpenFlags { backing: Some(3), ..direct };
+    assert_eq!(open(1, both)[8..12], (1u32 << 5 | 1 << 7 | 1 << 0).to_ne_bytes());
     assert_eq!(created(&it, 1, flags).len(), 144);
     assert_eq!(lock(0, 1, LockType::Unlock, 0).len(), 24);
     let (blocks, block_len) = (1, 4096);

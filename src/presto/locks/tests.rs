@@ -10,7 +10,7 @@ use crate::lento::locks::LockHeld;
 use crate::lento::message::Space;
 use crate::lento::rights::Held;
 use crate::presto::filter::{Lento, Want};
-use crate::presto::open::Open;
+use crate::presto::open::Grip;
 use crate::replica::cache::Cache;
 use crate::replica::meta::Meta;
 use crate::replica::state::{Facts, State};
@@ -89,6 +89,8 @@ fn rig() -> Rig {
         files: Default::default(),
         writers: Writers::open(&at("kml")).unwrap(),
         mapped: Default::default(),
+        room: crate::lento::grant::Grant::off(),
+        by_kernel: Default::default(),
         passthrough: false.into(),
         strict: false,
         forgets_names: false.into(),
@@ -129,7 +131,7 @@ impl Rig {
         self.filter.rights.edit(|rights| rights.set(FILE, mode));
     }
     /// Opens the file for writing, with the right to.
-    fn writer(&self) -> Arc<Open> {
+    fn writer(&self) -> Grip {
         self.permit(Mode::Write);
         let by = Caller { uid: cred::own().0, gid: cred::own().1, umask: 0 };
         self.filter.open(by, FILE, o::RDWR).unwrap()
@@ -214,7 +216,7 @@ fn what_was_written_is_journaled_before_the_lock_ends() {
     acked(Ok(()));
     assert_eq!(rig.locked(Ok(None)), LockKind::Unlock);
     assert_eq!(*told.lock().unwrap(), [Ok(None)]);
-    assert!(rig.filter.close(&open, true).1.is_ok());
+    assert!(rig.filter.close(&open).1.is_ok());
 }
 
 #[test]
@@ -230,7 +232,7 @@ fn a_lock_to_write_comes_with_the_right_to() {
     rig.permit(Mode::Write);
     granted(Ok(()));
     assert_eq!(*told.lock().unwrap(), [Ok(None)]);
-    rig.filter.close(&open, true).1.unwrap();
+    rig.filter.close(&open).1.unwrap();
     // who cannot write needs none
     rig.permit(Mode::Read);
     let (_, told) = rig.ask(LockKind::Write, true);

@@ -660,3 +660,51 @@ fn what_the_file_system_refuses_is_a_conflict_and_no_stop() {
     std::fs::set_permissions(rig.path("next"), std::fs::Permissions::from_mode(0o400)).unwrap();
     assert_eq!(rig.names(), ["d", "long", "next"]);
 }
+
+#[test]
+fn what_files_take_is_counted_as_a_walk_counts_it() {
+    let mut rig = rig();
+    let (f, g, d) = (Fid::new(1, 1), Fid::new(1, 2), Fid::new(1, 3));
+    rig.ok(1, create(ROOT, "before", f));
+    assert_eq!(rig.v().usage(), (0, 0), "nobody wants to know");
+    rig.v().count_usage(true).unwrap();
+    assert_eq!(rig.v().usage().1, 1);
+    rig.ok(1, mkdir(ROOT, "d", d));
+    rig.ok(1, create(d, "g", g));
+    rig.store(1, g, Stamp(0), &[7; 50_000]);
+    rig.store(1, f, Stamp(0), &[7; 9_000]);
+    let at_first = rig.v().usage();
+    assert!(at_first.0 >= 59_000 && at_first.1 == 3, "{at_first:?}");
+    // a second name takes no file, and goes before the file does
+    let base = rig.stamp(g);
+    rig.ok(1, Op::Link { at: at(ROOT, "again"), fid: g, base });
+    assert_eq!(rig.v().usage().1, 3);
+    let base = rig.stamp(g);
+    let mut twice = gone(g, base);
+    twice.attr.nlink = 2;
+    rig.ok(1, Op::Unlink { at: at(d, "g"), gone: twice });
+    assert_eq!(rig.v().usage().1, 3);
+    rig.store(1, f, Stamp(0), &[7; 90_000]);
+    let counted = rig.v().usage();
+    rig.v().count_usage(false).unwrap();
+    rig.v().count_usage(true).unwrap();
+    assert_eq!(rig.v().usage(), counted, "as a walk counts it");
+    let base = rig.stamp(g);
+    rig.ok(1, unlink(ROOT, "again", g, base));
+    assert_eq!(rig.v().usage().1, 2);
+}
+
+#[test]
+fn the_book_of_room_outlives_the_server() {
+    let mut rig = rig();
+    assert_eq!(rig.v().book(), None);
+    let line = super::super::room::Line { node: 1, epoch: 5, granted: (9, 1), returned: (2, 0) };
+    rig.v().keep_book(6, vec![line]).unwrap();
+    rig.kill();
+    rig.open();
+    let book = rig.v().book().unwrap();
+    assert_eq!((book.epoch_next, book.nodes), (6, vec![line]));
+    let (bytes, files) = rig.v().free_room().unwrap();
+    let space = rig.v().space().unwrap();
+    assert!(bytes < space.blocks_available * u64::from(space.block_len) && files > 0);
+}

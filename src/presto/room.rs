@@ -1,0 +1,286 @@
+//! Room at the server, before anything is done here: what operations and open files take.
+//!
+//! ```text
+//!   an operation        its record's charge, before it acts
+//!   a write by us       what a store of all that was written so far would take
+//!   a mapping           all of the file, where there is room; else the file cannot be mapped
+//!   the kernel writes   all of the file as it is, looked at every `LOOK_EVERY`; and a reserve
+//! ```
+//!
+//! Who lacks room stops with a want; lento gets more, or ends it with ENOSPC. What is written already
+//! is journaled in any case. Figures are in lento::grant, estimates in lento::charge.
+
+use std::os::fd::AsFd;
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
+
+use super::filter::{Filter, Result, Stop, Want, is_done};
+use super::open::{Open, OpenState, add_range, held};
+use crate::kml::record::{PATH_LEN_MAX, Range};
+use crate::lento::charge;
+use crate::lento::grant::{Charge, Regime};
+use crate::lento::policy;
+use crate::lento::room::{BLOCK_LEN, Room, blocks};
+use crate::sys::fs::{self, Stat, o};
+
+/// What the kernel may write before it is looked at again.
+const RESERVE: Room = Room::new(policy::AMPLE_LEN, 0);
+/// Pieces of a sparse file that are counted; the rest counts as data.
+const PIECES_MAX: usize = 1024;
+
+/// Files that the kernel writes to by itself.
+#[derive(Default)]
+pub struct ByKernel {
+    state: Mutex<Kernel>,
+    begun: Condvar,
+}
+
+#[derive(Default)]
+struct Kernel {
+    /// handles
+    writers: u32,
+    reserve: Option<Charge>,
+}
+
+impl ByKernel {
+    /// Waits until the kernel may write to something; false: it still does not.
+    pub fn wait(&self, patience: Duration) -> bool {
+        let none = |kernel: &mut Kernel| kernel.writers == 0;
+        let waited = self.begun.wait_timeout_while(held(&self.state), patience, none);
+        waited.unwrap_or_else(|e| e.into_inner()).0.writers > 0
+    }
+}
+
+impl Filter {
+    /// Room for what is to be done; stops where there is none. What is done already gets it anyway.
+    pub fn charged(&self, room: Room) -> Result<Charge> {
+        match self.room.charge(room) {
+            Some(charge) => Ok(charge),
+            None if is_done() => Ok(self.room.charge_done(room)),
+            None => Err(Stop::Miss(Want::Room(room))),
+        }
+    }
+
+    /// A writer that comes before the server has said how it is off for room waits for that word: it
+    /// decides whether the kernel may write by itself.
+    pub fn room_heard(&self) -> Result<()> {
+        match self.room.is_heard() || is_done() {
+            true => Ok(()),
+            false => Err(Stop::Miss(Want::Room(Room::NONE))),
+        }
+    }
+
+    /// Room for a write of `at..at + len` to an open file, beyond what it has.
+    pub fn charged_write(&self, open: &Open, at: u64, len: u64) -> Result<Charge> {
+        let need = {
+            let stat = fs::fstat(&open.fd)?;
+            let state = open.state();
+            let new = Range { at, len };
+            let need = match &state.dirty {
+                Some(dirty) if self.prefers_ranges(&stat) => {
+                    let mut ranges = dirty.clone();
+                    add_range(&mut ranges, new);
+                    charge::of_store(&ranges, PATH_LEN_MAX as u64)
+                }
+                _ => {
+                    let more = blocks(len).saturating_add(BLOCK_LEN);
+                    let data = data_len(&open.fd, &stat).saturating_add(more);
+                    of_whole(data.min(stat.size.max(at.saturating_add(len))))
+                }
+            };
+            need.less(state.charge_room())
+        };
+        self.charged(need)
+    }
+
+    /// Whether only what was written is to be shipped, and not all of the file. Where room is scarce
+    /// it is; away from the server others may have changed the file, and then all of ours is kept.
+    fn prefers_ranges(&self, stat: &Stat) -> bool {
+        let figures = self.room.figures();
+        match figures.regime {
+            Regime::Off => false,
+            _ if !self.cache.is_online() => false,
+            Regime::Exact => true,
+            Regime::Ample => !figures.free.covers(of_whole(stat.size)),
+        }
+    }
+
+    /// Whether a store ships only what was written: where it is to, or where there is no room for all
+    /// of the file.
+    pub fn ships_ranges(&self, open: &Open, state: &OpenState, stat: &Stat) -> bool {
+        let covered = || state.charge_room().covers(of_whole(data_len(&open.fd, stat)));
+        !self.room.is_off() && (self.prefers_ranges(stat) || !covered())
+    }
+
+    /// The room of a store, from what the open file has already. The data are written: what is
+    /// lacking is taken in any case.
+    pub fn charge_of_store(
+        &self,
+        open: &Open,
+        state: &mut OpenState,
+        stat: &Stat,
+        ranges: &[Range],
+        path_len: usize,
+    ) -> Charge {
+        let room = charge::of_store(ranges, path_len as u64);
+        // Holes take no room, but count in the range that covers all of a file.
+        let all = ranges.len() == 1 && (ranges[0].at, ranges[0].len) == (0, stat.size);
+        let room = if all { room.min(of_whole(data_len(&open.fd, stat))) } else { room };
+        let mut charge = match all {
+            true => self.room.of_unsent(open.fid),
+            false => self.room.charge_done(Room::NONE),
+        };
+        if let Some(held) = &mut state.charge {
+            charge.join(held.take(room.less(charge.room())));
+        }
+        let lacks = room.less(charge.room());
+        if !lacks.is_none() {
+            let more = self.room.charge(lacks);
+            charge.join(more.unwrap_or_else(|| self.room.charge_done(lacks)));
+        }
+        charge
+    }
+
+    /// Whether the kernel is to move a file's data, as the first one opens it: what it writes is
+    /// counted afterwards, so a writer's file is the daemon's where room is scarce.
+    pub fn kernel_may_move(&self, flags: i32, stat: &Stat) -> bool {
+        let figures = self.room.figures();
+        match figures.regime {
+            Regime::Off => true,
+            _ if flags & o::ACCMODE == o::RDONLY => true,
+            Regime::Exact => held(&self.by_kernel.state).reserve.is_some(),
+            Regime::Ample => figures.free.covers(of_whole(stat.size).plus(RESERVE)),
+        }
+    }
+
+    /// Whether a writer's data may go past the daemon: there is room for all of the file, and for
+    /// what may be written until the next look. If so, the kernel counts as one more writer.
+    pub fn kernel_may_write(&self, open: &Open) -> bool {
+        let mut kernel = held(&self.by_kernel.state);
+        match self.room.figures().regime {
+            Regime::Off => {}
+            Regime::Exact if kernel.reserve.is_none() => return false,
+            Regime::Ample | Regime::Exact => {
+                if !self.cover_whole(open) {
+                    return false;
+                }
+                if kernel.reserve.is_none() {
+                    kernel.reserve = self.room.charge(RESERVE);
+                }
+                if kernel.reserve.is_none() {
+                    return false;
+                }
+            }
+        }
+        kernel.writers += 1;
+        self.by_kernel.begun.notify_all();
+        true
+    }
+    /// Such a writer has closed.
+    pub fn kernel_wrote(&self) {
+        let mut kernel = held(&self.by_kernel.state);
+        kernel.writers = kernel.writers.saturating_sub(1);
+        if kernel.writers == 0 {
+            kernel.reserve = None;
+        }
+    }
+
+    /// Takes room for a store of all of the file, beyond what it has; false when there is none.
+    pub fn cover_whole(&self, open: &Open) -> bool {
+        if self.room.is_off() {
+            return true;
+        }
+        let Ok(stat) = fs::fstat(&open.fd) else { return false };
+        let data_len = data_len(&open.fd, &stat);
+        let mut state = open.state();
+        let lacks = of_whole(data_len).less(state.charge_room());
+        match self.room.charge(lacks) {
+            Some(charge) => {
+                state.keep_charge(charge);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The same with the holes of the file: a mapping may fill them.
+    pub fn cover_mapping(&self, open: &Open) -> bool {
+        if self.room.is_off() {
+            return true;
+        }
+        let Ok(stat) = fs::fstat(&open.fd) else { return false };
+        let mut state = open.state();
+        let lacks = of_whole(stat.size).less(state.charge_room());
+        let charge = self.room.charge(lacks);
+        let covered = charge.is_some();
+        charge.into_iter().for_each(|charge| state.keep_charge(charge));
+        covered
+    }
+
+    /// Counts what the kernel wrote by itself since the last look, and asks ahead. What the grant
+    /// does not cover comes from the reserve.
+    pub fn look_at_kernel(&self) {
+        if self.room.is_off() {
+            return;
+        }
+        for open in self.files.written().into_iter().filter(|open| open.state().by_kernel()) {
+            if self.cover_whole(&open) {
+                continue;
+            }
+            let Ok(stat) = fs::fstat(&open.fd) else { continue };
+            let need = of_whole(data_len(&open.fd, &stat));
+            let mut kernel = held(&self.by_kernel.state);
+            let mut state = open.state();
+            let lacks = need.less(state.charge_room());
+            let part = kernel.reserve.as_mut().map(|reserve| reserve.take(lacks));
+            let mut charge = part.unwrap_or_else(|| self.room.charge_done(Room::NONE));
+            let rest = lacks.less(charge.room());
+            if !rest.is_none() {
+                charge.join(self.room.charge_done(rest));
+            }
+            state.keep_charge(charge);
+        }
+        self.fill_reserve();
+    }
+    /// The reserve is full again, and as much is free: else more is asked for.
+    fn fill_reserve(&self) {
+        let lacks = {
+            let mut kernel = held(&self.by_kernel.state);
+            if kernel.writers == 0 {
+                return;
+            }
+            let reserve = kernel.reserve.get_or_insert_with(|| self.room.charge_done(Room::NONE));
+            let lacks = RESERVE.less(reserve.room());
+            match self.room.charge(lacks) {
+                Some(charge) => {
+                    reserve.join(charge);
+                    !self.room.covers(RESERVE)
+                }
+                None => true,
+            }
+        };
+        if lacks && self.cache.is_online() {
+            self.lento.want(Want::Room(RESERVE), Box::new(|_| ()));
+        }
+    }
+}
+
+/// The room of a store of so many bytes in a row.
+fn of_whole(len: u64) -> Room {
+    charge::of_store(&[Range { at: 0, len: len.max(1) }], PATH_LEN_MAX as u64)
+}
+
+/// The data of a file without its holes, bytes.
+fn data_len(fd: impl AsFd, stat: &Stat) -> u64 {
+    if stat.blocks.saturating_mul(512) >= stat.size {
+        return stat.size;
+    }
+    let (mut sum, mut at) = (0, 0);
+    for _ in 0..PIECES_MAX {
+        let Ok(data) = fs::seek_sparse(&fd, at, false) else { return sum }; // none is left
+        let Ok(hole) = fs::seek_sparse(&fd, data, true) else { return stat.size };
+        sum += blocks(hole.saturating_sub(data)) + BLOCK_LEN;
+        at = hole;
+    }
+    sum.saturating_add(stat.size.saturating_sub(at)).min(stat.size)
+}
