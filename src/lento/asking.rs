@@ -306,9 +306,10 @@ impl Asker {
             line.tell(GivenBack { held }.into());
         }
     }
-    /// The mount ends, with nothing left to be shipped.
+    /// The mount ends, with nothing left to be shipped. The next one may begin without the server,
+    /// and must have something to write with.
     pub fn farewell(&mut self, line: &mut Line) {
-        self.grant.give_back_all_but(Room::NONE);
+        self.grant.give_back_all_but(policy::kept_free(self.grant.figures().free));
         self.tell(line);
     }
 }

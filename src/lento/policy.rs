@@ -80,6 +80,8 @@ pub const GIVE_BACK_MAX: Duration = Duration::from_secs(2);
 pub const REFUSED: Duration = Duration::from_millis(250);
 /// What became free is told so long after, if nothing else is said.
 pub const TELL_AFTER: Duration = Duration::from_secs(1);
+/// Most that a client keeps when it says farewell, so that it may begin without the server.
+pub const KEEP_FREE: Room = Room::new(64 << 20, 4096);
 /// What is granted is kept so long for a client that is away.
 pub const KEEP_GRANT: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -95,6 +97,12 @@ pub fn ahead(left: Room) -> Room {
         part(left.bytes(), MUCH.bytes(), AHEAD_MAX.bytes()),
         part(left.files(), MUCH.files(), AHEAD_MAX.files()),
     )
+}
+
+/// What of its free room a client keeps when it says farewell: a part, as the server gave it much
+/// only where there was much.
+pub fn kept_free(free: Room) -> Room {
+    free.part(4).max(LOW).min(KEEP_FREE).min(free)
 }
 
 /// Whether there is so much left that a client may hope for an ample grant again and again.
