@@ -119,6 +119,34 @@ fn what_is_not_in_the_cache_fails_in_time() {
 }
 
 /// A process that waits for a silent server can be killed at once... or its wait ends in time.
+/// What others changed, and the server did not come to say, is shown as it was.
+#[test]
+fn what_was_asked_for_when_the_server_went_is_shown_as_it_is() {
+    let Some(disk) = Disk::new(256) else { return };
+    let server = Server::start(&disk);
+    let a = Mount::start(&server, &disk, "a");
+    let b = Mount::start(&server, &disk, "b");
+    fs::create_dir(a.at("d")).unwrap();
+    fs::write(a.at("d/old"), "at first").unwrap();
+    a.sync();
+    assert_eq!(fs::read_to_string(b.at("d/old")).unwrap(), "at first");
+    fs::write(a.at("d/new"), "later").unwrap();
+    a.sync();
+    // B was told that its listing is old, and asks now
+    server.freeze();
+    let began = Instant::now();
+    fs::write(b.at("d/made"), "by b").unwrap();
+    assert!(began.elapsed() > Duration::from_secs(1), "it did not ask");
+    assert_eq!(fs::read_to_string(b.at("d/old")).unwrap(), "at first");
+    assert!(!b.at("d/new").exists(), "as it was");
+    server.thaw();
+    back(&b);
+    b.sync();
+    assert_eq!(fs::read_to_string(a.at("d/made")).unwrap(), "by b");
+    assert_eq!(fs::read_to_string(b.at("d/new")).unwrap(), "later");
+    b.no_conflicts();
+}
+
 #[test]
 fn a_waiting_process_can_be_killed() {
     let Some(disk) = Disk::new(256) else { return };

@@ -69,11 +69,18 @@ pub struct Adapter {
     slow: (Sender<Slow>, Receiver<Slow>),
 }
 
-/// Requests that wait for the server to come back, as they came, by number; and how often each was
-/// tried.
+/// What became of a request so far.
+#[derive(Clone, Copy, Default)]
+struct Tries {
+    count: u32,
+    /// what it wanted last, when the server was away
+    unmet: Option<Want>,
+}
+
+/// Requests that wait for the server to come back, as they came, by number.
 #[derive(Default)]
 struct Patient {
-    requests: HashMap<u64, (Vec<u8>, u32)>,
+    requests: HashMap<u64, (Vec<u8>, Tries)>,
     /// we are to be told when it is back
     asked: bool,
 }
@@ -117,7 +124,7 @@ impl Adapter {
             std::thread::Builder::new().name("fuse-slow".into()).spawn(move || {
                 for (bytes, ticket) in queue {
                     let Some(me) = me.upgrade() else { break };
-                    me.run_kept(bytes, ticket, 0);
+                    me.run_kept(bytes, ticket, Tries::default());
                 }
             })?;
         }
@@ -130,10 +137,10 @@ impl Adapter {
             Ok(request) if is_slow(&request.op) => {
                 if let Err(full) = self.slow.0.try_send((raw.to_vec(), ticket)) {
                     let (bytes, ticket) = full.into_inner();
-                    self.run_kept(bytes, ticket, 0);
+                    self.run_kept(bytes, ticket, Tries::default());
                 }
             }
-            Ok(request) => self.run(raw, &request, ticket, 0),
+            Ok(request) => self.run(raw, &request, ticket, Tries::default()),
             Err(e) => {
                 log::error!("{e}");
                 ticket.answer(Err(Errno::IO));
@@ -141,7 +148,7 @@ impl Adapter {
         }
     }
 
-    fn run_kept(self: &Arc<Adapter>, bytes: Vec<u8>, ticket: Ticket, tries: u32) {
+    fn run_kept(self: &Arc<Adapter>, bytes: Vec<u8>, ticket: Ticket, tries: Tries) {
         let raw = Raw::whole(&bytes);
         match raw.and_then(|raw| Ok((raw, raw.parse()?))) {
             Ok((raw, request)) => self.run(raw, &request, ticket, tries),
@@ -149,7 +156,7 @@ impl Adapter {
         }
     }
 
-    fn run(self: &Arc<Adapter>, raw: Raw<'_>, request: &Request<'_>, ticket: Ticket, tries: u32) {
+    fn run(self: &Arc<Adapter>, raw: Raw<'_>, request: &Request<'_>, ticket: Ticket, tries: Tries) {
         match request.op {
             Op::Forget => return ticket.needs_none(),
             Op::Interrupt { unique } => {
@@ -164,15 +171,18 @@ impl Adapter {
             Op::Lock(lock) => return self.lock(Fid(request.head.nodeid), &lock, ticket),
             _ => {}
         }
-        let done = catch_unwind(AssertUnwindSafe(|| match tries {
+        let done = catch_unwind(AssertUnwindSafe(|| match tries.count {
             ..FRESH_TRIES_MAX => self.perform(request),
             _ => as_is(|| self.perform(request)),
         }));
         match done {
             Ok(Ok(body)) => self.finish(request, ticket, body),
             Ok(Err(Stop::Errno(e))) => ticket.answer(Err(e)),
-            Ok(Err(Stop::Miss(_))) if tries >= TRIES_MAX => ticket.answer(Err(Errno::BUSY)),
-            Ok(Err(Stop::Miss(want))) => self.fetch(want, raw.to_vec(), ticket, tries + 1),
+            Ok(Err(Stop::Miss(_))) if tries.count >= TRIES_MAX => ticket.answer(Err(Errno::BUSY)),
+            Ok(Err(Stop::Miss(want))) if tries.unmet == Some(want) && self.is_away() => {
+                self.unreachable(raw.to_vec(), ticket, tries);
+            }
+            Ok(Err(Stop::Miss(want))) => self.fetch(want, raw.to_vec(), ticket, tries),
             Err(_) => {
                 log::error!("an operation panicked; it fails with EIO");
                 ticket.answer(Err(Errno::IO));
@@ -207,7 +217,7 @@ impl Adapter {
     }
 
     /// Has something fetched, and then runs the request again.
-    fn fetch(self: &Arc<Adapter>, want: Want, bytes: Vec<u8>, ticket: Ticket, tries: u32) {
+    fn fetch(self: &Arc<Adapter>, want: Want, bytes: Vec<u8>, ticket: Ticket, tries: Tries) {
         let (unique, me) = (ticket.unique(), self.clone());
         if !self.parked.park(ticket) {
             return;
@@ -215,17 +225,29 @@ impl Adapter {
         let again = move |met: std::result::Result<(), Errno>| {
             // One that was interrupted meanwhile is answered, and must not be done any more.
             let Some(ticket) = me.parked.take(unique) else { return };
+            let count = tries.count + 1;
             match met {
-                Ok(()) => me.run_kept(bytes, ticket, tries),
-                Err(Errno::HOSTUNREACH) if me.waits => me.wait_for_server(bytes, ticket, tries),
+                Ok(()) => me.run_kept(bytes, ticket, Tries { count, unmet: None }),
+                // The server is away since somebody asked it: then what is here is good, as it is.
+                Err(Errno::HOSTUNREACH) => {
+                    me.run_kept(bytes, ticket, Tries { count, unmet: Some(want) });
+                }
                 Err(e) => ticket.answer(Err(e)),
             }
         };
         self.filter.lento.want(want, Box::new(again));
     }
 
-    /// Keeps a request until the server is back, or somebody interrupts it.
-    fn wait_for_server(self: &Arc<Adapter>, bytes: Vec<u8>, ticket: Ticket, tries: u32) {
+    fn is_away(&self) -> bool {
+        !self.filter.cache.is_online()
+    }
+
+    /// Ends a request that cannot be served without the server; or keeps it until the server is
+    /// back, or somebody interrupts it.
+    fn unreachable(self: &Arc<Adapter>, bytes: Vec<u8>, ticket: Ticket, tries: Tries) {
+        if !self.waits {
+            return ticket.answer(Err(Errno::HOSTUNREACH));
+        }
         let unique = ticket.unique();
         if !self.parked.park(ticket) {
             return;

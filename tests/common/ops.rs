@@ -75,6 +75,7 @@ impl Op {
         let file = |path: &PathBuf, options: &mut OpenOptions| -> io::Result<File> {
             match fs::symlink_metadata(at(path)) {
                 Ok(meta) if !meta.is_file() => Err(io::Error::from_raw_os_error(libc::EPERM)),
+                Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
                 _ => options.open(at(path)),
             }
         };
