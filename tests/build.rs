@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Disk, Mount, Server, run, succeed, tree};
+use common::{AMPLE, Disk, Mount, Server, run, succeed, tree};
 
 /// A program of `count` files and a Makefile.
 fn write_program(dir: &Path, count: usize) {
@@ -33,7 +33,7 @@ fn write_program(dir: &Path, count: usize) {
 
 #[test]
 fn a_program_builds_in_one_mount_and_runs_from_the_other() {
-    let Some(disk) = Disk::new(512) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let server = Server::start(&disk);
     let a = Mount::start(&server, &disk, "cache-a");
     let b = Mount::start(&server, &disk, "cache-b");
@@ -71,7 +71,7 @@ fn git(dir: &Path, words: &[&str]) -> String {
 
 #[test]
 fn git_works_and_the_other_mount_is_clean() {
-    let Some(disk) = Disk::new(512) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let server = Server::start(&disk);
     let a = Mount::start(&server, &disk, "cache-a");
     let b = Mount::start(&server, &disk, "cache-b");
@@ -113,7 +113,7 @@ fn git_works_and_the_other_mount_is_clean() {
 
 #[test]
 fn a_database_keeps_its_integrity() {
-    let Some(disk) = Disk::new(512) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     if Command::new("sqlite3").arg("--version").output().is_err() {
         return common::unable("sqlite3 is missing").unwrap_or(());
     }
@@ -147,7 +147,7 @@ fn a_database_keeps_its_integrity() {
 
 #[test]
 fn rsync_finds_nothing_to_do() {
-    let Some(disk) = Disk::new(1024) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let original = disk.dir("original");
     tree::make(&original, 2, 600, 8 << 20);
     let server = Server::start(&disk);

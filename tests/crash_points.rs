@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use common::compare::{assert_same_but_times, compare};
 use common::ops::Op;
 use common::tree::Rng;
-use common::{Disk, Mount, Server, command, imz_run, run, wait_for};
+use common::{AMPLE, Disk, Mount, Server, command, imz_run, run, wait_for};
 use imz::sys::crash::{POINTS, Side};
 
 /// Operations of all kinds, at first.
@@ -443,7 +443,7 @@ fn starts(world: &World) -> usize {
 
 #[test]
 fn every_point_is_met_and_survived() {
-    let Some(disk) = Disk::new(2 << 10) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let mut todo: Vec<(Who, String)> = Vec::new();
     if let Ok(one) = std::env::var("IMZ_CRASH_ONE") {
         let (side, point) = one.split_once(':').unwrap();

@@ -29,7 +29,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 
-use common::{Disk, Mount, Server, imz, imz_run, is_mounted, wait_for};
+use common::{AMPLE, Disk, Mount, Server, imz, imz_run, is_mounted, wait_for};
 use imz::kml::codec::{HEADER_LEN, SEGMENT_HEADER_LEN, record_len_claimed};
 use imz::kml::log::LogError;
 use imz::kml::record::ROOT;
@@ -157,7 +157,7 @@ struct Rig {
 }
 
 fn rig() -> Option<Rig> {
-    let disk = Disk::new(2048)?;
+    let disk = Disk::new(AMPLE)?;
     let mut server = Server::start(&disk);
     let mut mount = Mount::start(&server, &disk, "cache");
     fs::create_dir(mount.at("dir")).unwrap();

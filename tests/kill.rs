@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 
 use common::compare::{assert_same, assert_same_but_times};
 use common::tree::{self, Rng};
-use common::{Disk, Mount, Server, ops, run, wait_for};
+use common::{AMPLE, Disk, Mount, Server, ops, run, wait_for};
 
 /// `cp -av` under way.
 struct Copy {
@@ -134,7 +134,7 @@ fn a_server_killed_in_the_middle_of_a_copy() {
 /// Both die, again and again, while operations of all kinds run; a model says what must be there.
 #[test]
 fn both_killed_again_and_again() {
-    let Some(disk) = Disk::new(1024) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let mut server = Server::start(&disk);
     let mut a = Mount::with(server.source(), &disk.dir("cache-a"), "age=0");
     let model = disk.dir("model");
@@ -172,7 +172,7 @@ fn both_killed_again_and_again() {
 #[test]
 fn files_that_were_open_for_writing() {
     for options in ["", "passthrough=off"] {
-        let Some(disk) = Disk::new(256) else { return };
+        let Some(disk) = Disk::new(AMPLE) else { return };
         let server = Server::start(&disk);
         let mut a = Mount::with(server.source(), &disk.dir("cache-a"), options);
         let old = vec![b'o'; 3 << 20];
@@ -206,7 +206,7 @@ fn files_that_were_open_for_writing() {
 /// Killed while it comes back: the journal is replayed by whoever lives long enough.
 #[test]
 fn a_mount_killed_while_it_recovers() {
-    let Some(disk) = Disk::new(512) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let mut server = Server::start(&disk);
     let mut a = Mount::start(&server, &disk, "cache-a");
     let model = disk.dir("model");

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use checks::CHECKS;
 use common::compare::assert_same;
-use common::{Disk, Mount, NOBODY, Server, imz_run, unable};
+use common::{AMPLE, Disk, Mount, NOBODY, Server, imz_run, unable};
 
 /// Characters of a result that a failure shows.
 const SHOWN_LEN_MAX: usize = 3000;
@@ -78,7 +78,7 @@ fn run_list(point: &Path, bare: &Path, served: &Path, is_root: bool) -> Vec<Stri
 }
 
 fn as_root(options: &str) {
-    let Some(disk) = Disk::new(2048) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let server = Server::start(&disk);
     let a = Mount::with(server.source(), &disk.dir("cache-a"), options);
     let failures = run_list(a.path(), &disk.dir("bare"), server.dir(), true);
@@ -117,7 +117,7 @@ const INNER: &str = "IMZ_POSIX_INNER";
 /// mount name space of its own, where /dev/fuse is open to all, as it is on most machines.
 #[test]
 fn as_another_user() {
-    let Some(disk) = Disk::new(1024) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     if std::process::Command::new("fusermount3").arg("-V").output().is_err() {
         return unable("fusermount3 is missing").unwrap_or(());
     }

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use common::compare::{assert_same, compare};
 use common::ops::Op;
 use common::tree::{self, Rng};
-use common::{Disk, Mount, Server, imz_fails, imz_run, run};
+use common::{AMPLE, Disk, Mount, Server, imz_fails, imz_run, run};
 use serde_json::Value;
 
 fn text(path: &Path) -> &str {
@@ -67,7 +67,7 @@ struct World {
 
 impl World {
     fn new() -> Option<World> {
-        let disk = Disk::new(1024)?;
+        let disk = Disk::new(AMPLE)?;
         let served = disk.dir("served");
         // some of it was there before anybody served it
         tree::make(&disk.dir("served/before"), 7, 60, 8 << 20);

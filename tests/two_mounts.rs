@@ -13,7 +13,7 @@ use std::path::Path;
 
 use common::compare::assert_same;
 use common::tree::{self, set_mtime, set_xattr};
-use common::{Disk, Mount, Server, ops, run};
+use common::{AMPLE, Disk, Mount, Server, ops, run};
 use rustix::fs::{CWD, RenameFlags};
 
 #[test]
@@ -141,7 +141,7 @@ const CHANGES: [Change; 30] = [
 /// Every change in one mount is in the other as soon as `imz sync` is back, in both directions.
 #[test]
 fn every_change_is_seen_by_the_other() {
-    let Some(disk) = Disk::new(1024) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let server = Server::start(&disk);
     let a = Mount::start(&server, &disk, "cache-a");
     let b = Mount::start(&server, &disk, "cache-b");
@@ -176,7 +176,7 @@ fn every_change_is_seen_by_the_other() {
 /// What a shell that stands in a directory sees, and what a reader with an open file sees.
 #[test]
 fn open_directories_and_open_files_see_changes() {
-    let Some(disk) = Disk::new(256) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let server = Server::start(&disk);
     let a = Mount::start(&server, &disk, "cache-a");
     let b = Mount::start(&server, &disk, "cache-b");
@@ -222,7 +222,7 @@ fn open_directories_and_open_files_see_changes() {
 /// Different names in one directory, different files, at the same time: both sides' work stays.
 #[test]
 fn work_side_by_side_meets_without_conflict() {
-    let Some(disk) = Disk::new(512) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let server = Server::start(&disk);
     let a = Mount::start(&server, &disk, "cache-a");
     let b = Mount::start(&server, &disk, "cache-b");
@@ -259,7 +259,7 @@ fn work_side_by_side_meets_without_conflict() {
 /// A directory that was full before imz came, served as it is; large files come by ranges.
 #[test]
 fn an_existing_directory_is_served_as_it_is() {
-    let Some(disk) = Disk::new(512) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let original = disk.dir("served");
     tree::make(&original, 3, 300, 10 << 20);
     let huge = File::create(original.join("huge")).unwrap();
@@ -285,7 +285,7 @@ fn an_existing_directory_is_served_as_it_is() {
 /// The kernel decides about permissions by what is so now, not by what it knew before.
 #[test]
 fn permissions_that_the_other_gave_count_at_once() {
-    let Some(disk) = Disk::new(256) else { return };
+    let Some(disk) = Disk::new(AMPLE) else { return };
     let server = Server::start(&disk);
     let a = Mount::start(&server, &disk, "cache-a");
     let b = Mount::with(server.source(), &disk.dir("cache-b"), "allow_other");

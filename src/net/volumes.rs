@@ -366,13 +366,9 @@ impl Server {
             .collect();
         let away = self.machine.owing(no).into_iter().filter(|owing| !owing.connected);
         let clients = here.into_iter().chain(away.map(|owing| owing_text(&owing)));
-        let mut clients: Vec<String> = clients.collect();
-        let granted = self.figures(no).granted.unwrap_or_default();
-        if granted != Amount::default() && clients.is_empty() {
-            clients.push(format!("{} bytes are promised to clients that are away", granted.bytes));
-        }
-        if !force && !clients.is_empty() {
-            let clients = named(clients.into_iter());
+        let mut clients = clients.peekable();
+        if !force && clients.peek().is_some() {
+            let clients = named(clients);
             return Err(OrderError::InUse { name: name.to_owned(), clients });
         }
         self.machine.remove_volume(no, now);

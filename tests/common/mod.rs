@@ -112,6 +112,10 @@ pub fn imz_fails<S: AsRef<OsStr>>(words: &[S], code: i32, part: &str) {
 
 // ---- disks -----------------------------------------------------------------------------------
 
+/// Enough room that nobody has to count it, MiB: data go past the daemon. Smaller disks are for the
+/// exact regime, and for what does not care.
+pub const AMPLE: u64 = 4 << 10;
+
 /// An ext4 file system of its own.
 pub struct Disk {
     dir: PathBuf,
