@@ -45,19 +45,18 @@ pub fn limit(quota: Quota) -> Option<Room> {
     any.then(|| Room::new(bytes.unwrap_or(u64::MAX), files.unwrap_or(u64::MAX)))
 }
 
-/// Durable on return: yes. Otherwise what the client is told.
-pub fn save(volume: &Volume, saved: &Saved) -> Result<(), Message> {
+/// Durable on return: yes, or what the client is told instead.
+pub fn save(volume: &Volume, saved: &Saved) -> Option<Message> {
     let line = |node: &SavedNode| Line {
         node: node.node,
         epoch: node.epoch,
         granted: pair(node.granted),
         returned: pair(node.returned),
     };
-    volume.keep_book(saved.epoch_next, saved.nodes.iter().map(line).collect()).map_err(|e| {
-        log::warn!("{}: what is granted cannot be kept: {e}", volume.name());
-        let what = "the server cannot keep what it grants".to_owned();
-        Failed { code: Code::NoSpace, what }.into()
-    })
+    let e = volume.keep_book(saved.epoch_next, saved.nodes.iter().map(line).collect()).err()?;
+    log::warn!("{}: what is granted cannot be kept: {e}", volume.name());
+    let what = "the server cannot keep what it grants".to_owned();
+    Some(Failed { code: Code::NoSpace, what }.into())
 }
 
 /// What is free on the disk for clients, and what the volume's files take.

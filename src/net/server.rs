@@ -523,8 +523,7 @@ impl Server {
                     self.machine.on_surveyed(volume, free, used, now);
                 }
                 Effect::SaveGrants { volume, saved, then: (conn, id, message) } => {
-                    let message =
-                        room::save(&self.volumes[volume], &saved).err().unwrap_or(message);
+                    let message = room::save(&self.volumes[volume], &saved).unwrap_or(message);
                     self.send(conn, false, (id, true), &message, now);
                 }
                 Effect::Live { volume, nodes } => self.volumes[volume].keep_live(&nodes),

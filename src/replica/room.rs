@@ -171,13 +171,7 @@ mod tests {
     fn figures_of_an_earlier_life_of_the_machine_leave_nothing_to_use() {
         let dir = tempfile::tempdir().unwrap();
         let file = FiguresFile::of(dir.path());
-        let figures = Figures {
-            epoch: 4,
-            granted: (90, 9),
-            returned: (40, 4),
-            upto: 6,
-            ..Figures::default()
-        };
+        let figures = Figures { epoch: 4, granted: (90, 9), returned: (40, 4), upto: 6 };
         file.keep(&figures).unwrap();
         let read = file.read().unwrap();
         assert_eq!((read.epoch, read.granted, read.returned, read.upto), (4, (90, 9), (40, 4), 6));
