@@ -40,8 +40,12 @@ pub struct Server {
     pub disk: Disk,
 }
 
+/// The machine's name for a connection. Zero is nobody's.
 fn conn_id(conn: usize) -> ConnId {
-    ConnId(conn as u32)
+    ConnId(conn as u32 + 1)
+}
+fn conn_of(id: ConnId) -> usize {
+    id.0 as usize - 1
 }
 
 impl Server {
@@ -159,7 +163,7 @@ impl Server {
             let Some(machine) = &mut self.machine else { return };
             match effect {
                 Effect::Send { conn, background, id, answer, message } => {
-                    let conn = conn.0 as usize;
+                    let conn = conn_of(conn);
                     if let Message::Acked(acked) = &message {
                         self.tell(conn, acked.upto, ctx);
                     }
@@ -169,8 +173,8 @@ impl Server {
                     ctx.send((conn, false), background, id, answer, message);
                 }
                 Effect::Close { conn, why } => {
-                    ctx.tell(|| format!("server: closes {}: {why}", conn.0));
-                    let conn = conn.0 as usize;
+                    ctx.tell(|| format!("server: closes {}: {why}", conn_of(conn)));
+                    let conn = conn_of(conn);
                     self.live.remove(&conn);
                     if self.conns.remove(&conn) {
                         ctx.close(conn, true);
@@ -179,7 +183,7 @@ impl Server {
                 Effect::Meet { conn, hello, .. } => {
                     let node = self.volume.meet(hello.incarnation);
                     // who is told is found by the connection
-                    self.live.insert(conn.0 as usize, node);
+                    self.live.insert(conn_of(conn), node);
                     let kept = (self.durable.last(node), self.volume.newest_of(node));
                     machine.on_met(conn, node, kept, now);
                 }
@@ -231,7 +235,7 @@ impl Server {
                 }
                 Effect::SaveGrants { saved, then: (conn, id, message), .. } => {
                     self.disk.saved = saved;
-                    ctx.send((conn.0 as usize, false), false, id, true, message);
+                    ctx.send((conn_of(conn), false), false, id, true, message);
                 }
                 Effect::Live { nodes, .. } => self.expected = nodes,
                 Effect::Sync { .. } => {
