@@ -9,6 +9,7 @@ use imz::lento::promises::ConnId;
 use imz::lento::server::{Effect, Server as Machine, Settings};
 use imz::net::answer;
 
+use crate::client::IN_VAIN_MAX;
 use crate::plan::Micros;
 use crate::space::Disk;
 use crate::volume::{Volume, Watch};
@@ -38,6 +39,8 @@ pub struct Server {
     /// somebody was told: what others have must be current now
     pub has_told: bool,
     pub disk: Disk,
+    /// times in a row that it was to be woken again at once
+    in_vain: u32,
 }
 
 /// The machine's name for a connection. Zero is nobody's.
@@ -66,6 +69,7 @@ impl Server {
             told: BTreeMap::new(),
             has_told: false,
             disk: Disk::default(),
+            in_vain: 0,
         }
     }
     pub fn start(&mut self, ctx: &Ctx) {
@@ -140,6 +144,11 @@ impl Server {
         if let Some(machine) = &mut self.machine {
             machine.wake(now);
             self.drain(ctx);
+            let next = self.machine.as_ref().and_then(Machine::wake_at);
+            self.in_vain = if next.is_some_and(|at| at <= now) { self.in_vain + 1 } else { 0 };
+            if self.in_vain > IN_VAIN_MAX {
+                ctx.fail("the server is woken again and again".to_owned());
+            }
         }
     }
     pub fn on_synced(&mut self, life: u32, ctx: &mut Ctx) {
