@@ -114,7 +114,11 @@ impl Asker {
         }
     }
 
-    pub fn wake_at(&self) -> Option<Instant> {
+    /// Before the server listens there is nothing to do but to give up.
+    pub fn wake_at(&self, online: bool) -> Option<Instant> {
+        if !online {
+            return self.ends_at;
+        }
         let shipping = match self.stage {
             Stage::Shipping { until, .. } => Some(until),
             _ => None,

@@ -531,13 +531,13 @@ impl Client {
             let held_back = self.held_back.iter().map(|(until, ..)| *until).min();
             let save = (self.current != self.saved).then(|| self.saved_at + policy::SAVE_EVERY);
             let ship = self.shipper.wake_at();
-            let room = self.asker.wake_at();
+            let room = self.asker.wake_at(true);
             return [held_back, save, ship, room].into_iter().flatten().fold(at, Instant::min);
         }
         let waits = !self.fetcher.is_idle() || !self.asker.is_idle();
         let wants = waits.then_some(self.grace_until);
         let locks = (!self.locker.is_idle()).then_some(self.locks_until);
-        let room = self.asker.wake_at();
+        let room = self.asker.wake_at(false);
         [wants, locks, room].into_iter().flatten().fold(at, Instant::min)
     }
 
@@ -559,10 +559,10 @@ impl Client {
         if !online {
             if now >= self.grace_until {
                 self.fetcher.give_up(&mut self.line);
+                self.asker.give_up(&mut self.line);
             }
             if now >= self.locks_until {
                 self.locker.give_up(&mut self.line);
-                self.asker.give_up(&mut self.line);
             }
             return;
         }

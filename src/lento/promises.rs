@@ -16,7 +16,7 @@ use crate::kml::record::Fid;
 /// Most promises that are kept one by one for a client.
 pub const PROMISES_MAX: usize = 1 << 20;
 
-/// A connection's number; never used twice in a process.
+/// A connection's number; never used twice in a process, and never zero: that is nobody.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct ConnId(pub u32);
 

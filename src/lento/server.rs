@@ -349,6 +349,7 @@ impl Server {
     }
 
     pub fn on_connect(&mut self, conn: ConnId, now: Instant) {
+        debug_assert!(conn.0 > 0, "a connection with nobody's number");
         let peer = Peer {
             state: State::Greeting,
             opened_at: now,

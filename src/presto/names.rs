@@ -251,10 +251,7 @@ impl Filter {
         let op = Op::Unlink { at: self.place(&dir, &name), gone };
         let path = self.cache.tree.path_of(&dir, &name);
         self.change(by, path, op, |when| {
-            if meta.nlink > 1 && stat.nlink > 1 {
-                self.count_names(&dir, &name, -1)?;
-            }
-            self.keep_content(&dir, &name, &stat, &meta)?;
+            self.before_loss(&dir, &name, &stat, &meta)?;
             self.cache.tree.unlink(&dir, &name, meta.fid, when)?;
             self.note_gone(&stat);
             Ok(())
@@ -325,14 +322,8 @@ impl Filter {
         let op = Op::Rename { from: at, to: dest, fid, base: meta.stamp, over };
         let path = self.cache.tree.path_of(&old_dir, &old);
         self.change(by, path, op, |when| {
-            if let (RenameMode::Replace, Some((s, m))) = (mode, &there)
-                && m.nlink > 1
-                && s.nlink > 1
-            {
-                self.count_names(&new_dir, &new, -1)?;
-            }
             if let (RenameMode::Replace, Some((s, m))) = (mode, &there) {
-                self.keep_content(&new_dir, &new, s, m)?;
+                self.before_loss(&new_dir, &new, s, m)?;
             }
             let (from, to) = ((&*old_dir, &old), (&*new_dir, &new));
             self.cache.tree.rename(from, to, fid, other, mode, when)?;
@@ -343,10 +334,15 @@ impl Filter {
         })
     }
 
-    /// The last name that is here is about to go, but the server has others: what it lacks of the
-    /// contents is kept until it is shipped.
-    fn keep_content(&self, dir: &Dir, name: &Name, stat: &Stat, meta: &Meta) -> Result<()> {
-        let is_last = stat.kind() == Kind::File && stat.nlink == 1 && meta.nlink > 1;
+    /// An object is about to lose a name, and the server has others. It is counted also on what then
+    /// has no name here: it may come back by another one. Of the contents, what the server lacks is
+    /// kept until it is shipped.
+    fn before_loss(&self, dir: &Dir, name: &Name, stat: &Stat, meta: &Meta) -> Result<()> {
+        if stat.kind() == Kind::Dir || meta.nlink <= 1 {
+            return Ok(());
+        }
+        self.count_names(dir, name, -1)?;
+        let is_last = stat.kind() == Kind::File && stat.nlink == 1;
         let is_wanted =
             || self.cache.written(meta.fid).is_some() || self.cache.pending().is_dirty(meta.fid);
         if is_last && is_wanted() {

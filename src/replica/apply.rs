@@ -166,9 +166,12 @@ impl Volume {
         let verdict = certify(self, (node, seq), &record, content)?;
         log::trace!("{}: {node}:{} {:?}: {verdict:?}", self.name, seq.0, record.op);
         crash::point("apply-certified");
+        if certify::is_of_others(self, node, &record.op, verdict)? {
+            out.conflicts.extend(record.op.touched());
+        }
         match verdict {
             Verdict::Apply => {
-                self.drop_times(node, &mut record.op)?;
+                self.fit(node, &mut record.op)?;
                 let op = record.op.clone();
                 self.carry_out(record, content, out)?;
                 self.after_change((node, seq), &op, out)?;
@@ -195,14 +198,13 @@ impl Volume {
         Ok(())
     }
 
-    /// Times that belong to other contents than those that are there are not set.
-    fn drop_times(&mut self, node: u32, op: &mut Op) -> Result<()> {
+    /// What belongs to other contents than those that are there is not set.
+    fn fit(&mut self, node: u32, op: &mut Op) -> Result<()> {
         if let Op::Setattr { fid, base, new, .. } = op
-            && (new.atime.is_some() || new.mtime.is_some())
+            && (new.size.is_some() || new.atime.is_some() || new.mtime.is_some())
             && let Some(there) = self.find(*fid)?
-            && !certify::keeps_times(&there, node, *base)
         {
-            (new.atime, new.mtime) = (None, None);
+            certify::fit(new, &there, node, *base);
         }
         Ok(())
     }

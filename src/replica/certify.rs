@@ -190,7 +190,7 @@ fn certify_there(there: Option<&Seen>, judge: impl FnOnce(&Seen) -> Verdict) -> 
 
 /// Attributes of a file are certified one by one: by the value that each replaced, and where that
 /// is not told, by the object's stamp. A size is contents; times belong to the contents that they
-/// came with ([`keeps_times`]). A directory's last change wins.
+/// came with ([`fit`]). A directory's last change wins.
 fn certify_attr(
     there: &Seen,
     node: u32,
@@ -215,13 +215,40 @@ fn certify_attr(
     if !fit || (new.size.is_some_and(|size| size != there.attr.size) && !has_data) {
         return Conflict(Clash::Changed);
     }
-    let times_only = record::Change { atime: None, mtime: None, ..*new } == Default::default();
-    if times_only && !has_data { Same } else { Apply }
+    let nothing_left = without_contents(new) == Default::default();
+    if nothing_left && !has_data { Same } else { Apply }
 }
 
-/// Whether the times that a change sets are those of the contents that are there.
-pub fn keeps_times(there: &Seen, node: u32, base: Stamp) -> bool {
-    there.kind() == Kind::Dir || there.meta.has_current_data(node, base)
+fn without_contents(new: &record::Change) -> record::Change {
+    record::Change { size: None, atime: None, mtime: None, ..*new }
+}
+
+/// Leaves to contents that somebody else has made their size, which was to be the same, and their
+/// times.
+pub fn fit(new: &mut record::Change, there: &Seen, node: u32, base: Stamp) {
+    if there.kind() != Kind::Dir && !there.meta.has_current_data(node, base) {
+        *new = without_contents(new);
+    }
+}
+
+/// Whether a record with this verdict is about contents, and not about those that are there. Its
+/// node has other contents then, and must hear so, even if what it asked for is there already.
+///
+/// # Errors
+/// The tree cannot be read.
+pub fn is_of_others<V: View>(
+    view: &mut V,
+    node: u32,
+    op: &Op,
+    verdict: Verdict,
+) -> Result<bool, V::Error> {
+    let (fid, base) = match (op, verdict) {
+        (Op::Store { fid, base, .. }, Same) => (fid, base),
+        (Op::Setattr { fid, base, new, .. }, Apply | Same) if new.size.is_some() => (fid, base),
+        _ => return Ok(false),
+    };
+    let there = view.find(*fid)?;
+    Ok(there.is_some_and(|there| !there.meta.has_current_data(node, *base)))
 }
 
 /// What at the name counts as the outcome of a creation.

@@ -3,6 +3,7 @@
 
 use imz::kml::record::{Change, Fid, Gone, Name, Op as Change_, Over, Place, ROOT, Seq, Time};
 use imz::lento::rights::{self, Mode};
+use imz::replica::meta::Meta;
 use imz::sys::Errno;
 
 use crate::cache::Cache;
@@ -382,9 +383,12 @@ impl Filter<'_> {
         let may = fids.iter().all(|fid| self.cache.may(*fid, Mode::Write));
         if may { Ok(()) } else { Err(Stop::Miss(Want::Permit(fids))) }
     }
-    fn change(&mut self, op: Change_, meta: &imz::replica::meta::Meta) -> Result_<()> {
-        self.permitted(rights::needs(&op))?;
-        self.cache.room.charge(&op).map_err(|room| Stop::Miss(Want::Room(room)))?;
+    /// Stops with a miss where the change may not be made now.
+    fn ready(&mut self, op: &Change_) -> Result_<()> {
+        self.permitted(rights::needs(op))?;
+        self.cache.room.charge(op).map_err(|room| Stop::Miss(Want::Room(room)))
+    }
+    fn carry_out(&mut self, op: Change_, meta: &Meta) -> Result_<()> {
         let when = self.cache.now();
         let made = rights::made(&op).filter(|(dir, _)| self.cache.rights.mode(*dir) == Mode::Write);
         self.cache.change(op.clone(), |cache| cache.tree.perform(&op, when, meta))?;
@@ -392,6 +396,10 @@ impl Filter<'_> {
             self.cache.rights.set(fid, Mode::Write);
         }
         Ok(())
+    }
+    fn change(&mut self, op: Change_, meta: &Meta) -> Result_<()> {
+        self.ready(&op)?;
+        self.carry_out(op, meta)
     }
     fn gone(&self, fid: Fid) -> Result_<Gone> {
         let node = self.node(fid)?;
@@ -413,8 +421,8 @@ impl Filter<'_> {
     fn before_loss(&mut self, fid: Fid) -> Result_<()> {
         let node = self.node(fid)?;
         let (server, here, file) = (node.meta.nlink, node.attr.nlink, !node.is_dir());
-        if server > 1 && here > 1 {
-            self.count_names(fid, -1);
+        if server > 1 {
+            self.count_names(fid, -1); // also of what rests without a name here, and may come back
         }
         let wanted = self.cache.writers.contains_key(&fid) || self.cache.pending.is_dirty(fid);
         if file && here == 1 && server > 1 && wanted {
@@ -429,9 +437,9 @@ impl Filter<'_> {
             return Err(Errno::ISDIR.into());
         }
         let op = Change_::Unlink { at: self.place(dir, &name)?, gone: self.gone(fid)? };
-        self.permitted(rights::needs(&op))?;
+        self.ready(&op)?;
         self.before_loss(fid)?;
-        self.change(op, &Default::default())?;
+        self.carry_out(op, &Default::default())?;
         self.cache.drop_nameless(fid);
         Ok(())
     }
@@ -483,14 +491,14 @@ impl Filter<'_> {
         let base = self.node(fid)?.meta.stamp;
         let (from, to) = (self.place(old_dir, &old)?, self.place(new_dir, &new)?);
         let op = Change_::Rename { from, to, fid, base, over };
-        self.permitted(rights::needs(&op))?;
+        self.ready(&op)?;
         let mut trial = self.cache.tree.clone();
         if trial.perform(&op, self.cache.now(), &Default::default()).is_ok()
             && let Some(other) = replaced
         {
             self.before_loss(other)?;
         }
-        self.change(op, &Default::default())?;
+        self.carry_out(op, &Default::default())?;
         if let Some(other) = replaced {
             self.cache.drop_nameless(other);
         }

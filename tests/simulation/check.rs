@@ -136,6 +136,7 @@ impl World {
             }
         }
         self.check_bytes()?;
+        self.check_room_end()?;
         if self.ctx.setup.strict
             && let Some(fid) = self.ctx.history.not_linear()
         {

@@ -29,6 +29,9 @@ const KEEP_EVERY: Micros = 5000 * MS;
 /// for a new connection, and patience once more.
 const WANT_MAX: Micros = 80_000 * MS;
 
+/// So often a node may be woken while it has nothing to do.
+pub const IN_VAIN_MAX: u32 = 3;
+
 /// Reads ahead in the journal, so that what is optimised together may travel in several batches.
 #[derive(Default)]
 struct Cutter {
@@ -50,6 +53,8 @@ pub struct Client {
     look_at: Option<Micros>,
     settled: Seq,
     kept_at: Micros,
+    /// times in a row that it was to be woken again at once
+    in_vain: u32,
     tickets: BTreeMap<Ticket, (Fid, Option<usize>, Micros)>,
     next_ticket: Ticket,
     listings: BTreeMap<Fid, Listing>,
@@ -84,6 +89,7 @@ impl Client {
             look_at: None,
             settled: Seq(0),
             kept_at: 0,
+            in_vain: 0,
             tickets: BTreeMap::new(),
             next_ticket: 0,
             listings: BTreeMap::new(),
@@ -161,6 +167,11 @@ impl Client {
                 self.keep(ctx);
             }
             self.turn(ctx);
+            let again = self.machine.as_ref().is_some_and(|machine| machine.wake_at() <= now);
+            self.in_vain = if again { self.in_vain + 1 } else { 0 };
+            if self.in_vain > IN_VAIN_MAX {
+                ctx.fail(format!("c{} is woken again and again", self.no));
+            }
         }
     }
     pub fn on_connected(&mut self, conn: usize, ctx: &mut Ctx) {

@@ -9,6 +9,7 @@ use imz::lento::promises::ConnId;
 use imz::lento::server::{Effect, Server as Machine, Settings};
 use imz::net::answer;
 
+use crate::client::IN_VAIN_MAX;
 use crate::plan::Micros;
 use crate::space::Disk;
 use crate::volume::{Volume, Watch};
@@ -38,10 +39,16 @@ pub struct Server {
     /// somebody was told: what others have must be current now
     pub has_told: bool,
     pub disk: Disk,
+    /// times in a row that it was to be woken again at once
+    in_vain: u32,
 }
 
+/// The machine's name for a connection. Zero is nobody's.
 fn conn_id(conn: usize) -> ConnId {
-    ConnId(conn as u32)
+    ConnId(conn as u32 + 1)
+}
+fn conn_of(id: ConnId) -> usize {
+    id.0 as usize - 1
 }
 
 impl Server {
@@ -62,6 +69,7 @@ impl Server {
             told: BTreeMap::new(),
             has_told: false,
             disk: Disk::default(),
+            in_vain: 0,
         }
     }
     pub fn start(&mut self, ctx: &Ctx) {
@@ -136,6 +144,11 @@ impl Server {
         if let Some(machine) = &mut self.machine {
             machine.wake(now);
             self.drain(ctx);
+            let next = self.machine.as_ref().and_then(Machine::wake_at);
+            self.in_vain = if next.is_some_and(|at| at <= now) { self.in_vain + 1 } else { 0 };
+            if self.in_vain > IN_VAIN_MAX {
+                ctx.fail("the server is woken again and again".to_owned());
+            }
         }
     }
     pub fn on_synced(&mut self, life: u32, ctx: &mut Ctx) {
@@ -159,7 +172,7 @@ impl Server {
             let Some(machine) = &mut self.machine else { return };
             match effect {
                 Effect::Send { conn, background, id, answer, message } => {
-                    let conn = conn.0 as usize;
+                    let conn = conn_of(conn);
                     if let Message::Acked(acked) = &message {
                         self.tell(conn, acked.upto, ctx);
                     }
@@ -169,8 +182,8 @@ impl Server {
                     ctx.send((conn, false), background, id, answer, message);
                 }
                 Effect::Close { conn, why } => {
-                    ctx.tell(|| format!("server: closes {}: {why}", conn.0));
-                    let conn = conn.0 as usize;
+                    ctx.tell(|| format!("server: closes {}: {why}", conn_of(conn)));
+                    let conn = conn_of(conn);
                     self.live.remove(&conn);
                     if self.conns.remove(&conn) {
                         ctx.close(conn, true);
@@ -179,7 +192,7 @@ impl Server {
                 Effect::Meet { conn, hello, .. } => {
                     let node = self.volume.meet(hello.incarnation);
                     // who is told is found by the connection
-                    self.live.insert(conn.0 as usize, node);
+                    self.live.insert(conn_of(conn), node);
                     let kept = (self.durable.last(node), self.volume.newest_of(node));
                     machine.on_met(conn, node, kept, now);
                 }
@@ -231,7 +244,7 @@ impl Server {
                 }
                 Effect::SaveGrants { saved, then: (conn, id, message), .. } => {
                     self.disk.saved = saved;
-                    ctx.send((conn.0 as usize, false), false, id, true, message);
+                    ctx.send((conn_of(conn), false), false, id, true, message);
                 }
                 Effect::Live { nodes, .. } => self.expected = nodes,
                 Effect::Sync { .. } => {

@@ -1,12 +1,14 @@
 //! What is told of a history that fails: the shortest story that was found.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 use crate::plan::Plan;
 use crate::world::World;
 
-/// Histories that shrinking may run.
+/// Histories that shrinking may run, and how long it may take.
 const RUNS_MAX: u32 = 2000;
+const TIME_MAX: Duration = Duration::from_secs(60);
 /// Lines of a story that are printed, the last ones.
 const LINES_MAX: usize = 2500;
 
@@ -34,10 +36,11 @@ fn kind(why: &str) -> String {
 /// Leaves out steps as long as it still fails in the same way.
 pub fn shrink(plan: &Plan, why: &str) -> Plan {
     let (mut plan, mut runs) = (plan.clone(), 0);
-    let mut chunk = plan.steps.len().div_ceil(2);
-    while chunk > 0 && runs < RUNS_MAX {
+    let (mut chunk, until) = (plan.steps.len().div_ceil(2), Instant::now() + TIME_MAX);
+    let goes_on = |runs: u32| runs < RUNS_MAX && Instant::now() < until;
+    while chunk > 0 && goes_on(runs) {
         let (mut at, mut any) = (0, false);
-        while at < plan.steps.len() && runs < RUNS_MAX {
+        while at < plan.steps.len() && goes_on(runs) {
             let mut less = plan.clone();
             let end = (at + chunk).min(less.steps.len());
             less.steps.drain(at..end);

@@ -346,8 +346,19 @@ impl Volume {
             Ok(verdict) => verdict,
             Err(never) => match never {},
         };
+        let Ok(others) = certify::is_of_others(self, node, &record.op, verdict);
+        if others {
+            out.conflicts.extend(record.op.touched());
+        }
         match verdict {
-            Verdict::Apply => self.carry_out(record, content, out, watch),
+            Verdict::Apply => {
+                if let Op::Setattr { fid, base, new, .. } = &mut record.op
+                    && let Some(there) = self.tree.get(*fid)
+                {
+                    certify::fit(new, &seen(there), node, *base);
+                }
+                self.carry_out(record, content, out, watch)
+            }
             Verdict::Same => {
                 self.outcomes.entry((node, seq)).or_insert(Outcome::NotNeeded);
             }

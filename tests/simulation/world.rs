@@ -37,7 +37,7 @@ const REST_MAX: Micros = 300 * SECOND;
 /// Nanoseconds since the Unix epoch when it begins.
 const EPOCH_NS: u64 = 1_700_000_000_000_000_000;
 /// More events than any history has.
-const EVENTS_MAX: u64 = 2_000_000;
+const EVENTS_MAX: u64 = 200_000;
 
 /// Something that a client's process does for itself.
 pub enum Later {
@@ -367,7 +367,7 @@ impl World {
     }
 
     /// False when nothing is to come.
-    fn one_event(&mut self) -> bool {
+    pub fn one_event(&mut self) -> bool {
         let Some(Reverse(queued)) = self.ctx.queue.pop() else { return false };
         self.ctx.now = queued.at;
         self.dispatch(queued.event);

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::kml::record::{Attr, ROOT};
+use crate::lento::grant::Kept;
 
 const A: Fid = Fid(10);
 const B: Fid = Fid(11);
@@ -104,6 +105,7 @@ impl Rig {
     fn pass(&mut self, ms: u64) {
         self.now += Duration::from_millis(ms);
         self.client.on_wake(self.now);
+        assert!(self.client.wake_at() > self.now, "it would be woken again and again");
     }
     fn answer(&mut self, id: u64, message: impl Into<Message>) {
         self.client.on_message(id, true, message.into(), self.now);
@@ -894,4 +896,28 @@ fn a_listing_of_changes_is_taken_only_where_the_rest_is_here() {
         let merged = effects.iter().any(|e| matches!(e, Effect::FinishListing { .. }));
         assert_eq!((merged, rig.client.is_online()), (taken, taken));
     }
+}
+
+#[test]
+fn who_lacks_room_waits_for_a_server_that_is_away_as_long_as_anybody() {
+    let mut rig = Rig::new(0, 0);
+    rig.client.set_grant(Grant::new(Kept::default(), false));
+    rig.client.on_want(Want::Room(Room::new(1, 0)), 1, rig.now);
+    rig.effects();
+    rig.pass(policy::away_after(policy::TIMEOUT).as_millis() as u64);
+    let no_room = Effect::Resolve { ticket: 1, how: Err(Unmet::NoRoom) };
+    assert!(rig.effects().contains(&no_room));
+}
+
+#[test]
+fn while_it_catches_up_nobody_is_woken_for_what_goes_out_later() {
+    let mut rig = Rig::new(0, 3);
+    rig.client.set_grant(Grant::new(Kept::default(), false));
+    rig.connect();
+    let (id, _) = rig.sent().remove(0);
+    let none = Room::NONE;
+    let (epoch, granted, returned, keep_ms) = (1, none, none, 100_000);
+    let room = Some(RoomTerms { epoch, granted, returned, ample: false, short: false, keep_ms });
+    rig.answer(id, Welcome { room, ..welcome(2, 50) });
+    rig.pass(policy::TELL_AFTER.as_millis() as u64 + 1); // `pass` looks at it
 }

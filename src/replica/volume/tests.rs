@@ -360,6 +360,28 @@ fn two_stores_conflict_and_both_are_kept() {
 }
 
 #[test]
+fn who_cuts_others_contents_to_the_length_that_they_have_hears_of_them() {
+    let (mut rig, file) = (rig(), f(1, 9));
+    rig.ok(1, create(ROOT, "f", file));
+    rig.store(1, file, Stamp(0), b"mine");
+    let base = rig.stamp(file);
+    assert!(rig.store(2, file, base, b"else").conflicts.is_empty());
+    let there = rig.v().stat(file).unwrap();
+    let cut = Change { size: Some(4), mtime: Some(Default::default()), ..Change::default() };
+    let old = Change { mode: Some(0o640), ..Change::default() };
+    let out = rig.with(1, Op::Setattr { fid: file, base, new: cut, old }, Content::None);
+    assert_eq!((&out.stamps[..], &out.conflicts[..]), (&[][..], &[file][..]));
+    // and what else it sets is set
+    let new = Change { mode: Some(0o600), ..cut };
+    let out = rig.with(1, Op::Setattr { fid: file, base, new, old }, Content::None);
+    assert_eq!((out.stamps.len(), &out.conflicts[..]), (1, &[file][..]));
+    let now = rig.v().stat(file).unwrap();
+    assert_eq!((now.attr.mtime, now.stored), (there.attr.mtime, there.stored));
+    assert_eq!((now.attr.mode & 0o777, rig.read("f")), (0o600, "else".to_owned()));
+    assert_eq!(rig.v().conflicts(), 0);
+}
+
+#[test]
 fn a_taken_name_keeps_the_other_object_aside_with_all_that_follows() {
     let mut rig = rig();
     rig.ok(1, create(ROOT, "f", f(1, 1)));
