@@ -73,8 +73,9 @@ impl Seq {
     }
 }
 
-/// An object's version: the server journal's seq of the last record that changed it; 0 means that
-/// the server has not seen it changed since it was first served.
+/// An object's version: it names the last record of the server's journal that changed it, and none
+/// other, ever (`replica::lives`); 0 means that the server has not seen it changed since it was first
+/// served.
 #[derive(Encode, Decode, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug)]
 #[cbor(transparent)]
 pub struct Stamp(pub u64);

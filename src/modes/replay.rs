@@ -15,6 +15,7 @@ use crate::cli::replay::ReplayArgs;
 use crate::kml::codec::Entry;
 use crate::kml::dump::{Bound, Dump, Options, render};
 use crate::kml::record::Seq;
+use crate::replica::lives::Lives;
 use crate::replica::replay::contents::Source;
 use crate::replica::replay::survey::{Part, Survey};
 use crate::replica::replay::target::Target;
@@ -38,7 +39,19 @@ pub fn run(args: &ReplayArgs) -> anyhow::Result<()> {
     if let Some(source) = &source {
         refuse_same(source, args)?;
     }
-    let (survey, end) = read(open(Options::default())?, &part, target.is_plain);
+    let (mut survey, end) = read(open(Options::default())?, &part, target.is_plain);
+    match Lives::beside(&path) {
+        Some(lives) => survey.lives = lives,
+        None if target.newest.0 > survey.last.0 => {
+            log::warn!(
+                "{}: no state.json is beside it: its records and the versions in {} cannot be compared",
+                path.display(),
+                args.onto.display()
+            );
+            survey.is_history = false;
+        }
+        None => {}
+    }
     let (until, count) = (survey.until, survey.count);
     let mut replay = Replay::new(target, part, survey, args.dry_run);
     if let Some(source) = source {

@@ -268,7 +268,7 @@ impl Volume {
     pub(super) fn journaled(&mut self, record: &Record, content: Content<'_>) -> Result<Stamp> {
         let ticket = self.log.append(record)?;
         crash::point("apply-journaled");
-        let stamp = Stamp(ticket.seq.0);
+        let stamp = self.lives.stamp(ticket.seq);
         let before = self.weigh(&record.op);
         let done = match self.perform(record, content, stamp) {
             // a file system says the same when an attribute is too large for it

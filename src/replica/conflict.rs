@@ -246,13 +246,13 @@ impl Volume {
         };
         let entry = match (stamp, gone) {
             (Some(Stamp(0)), _) => None, // as it was found when it was first served
-            (Some(stamp), _) => self.log.entries(Seq(stamp.0)).next(),
+            (Some(stamp), _) => self.lives.seq(stamp).and_then(|seq| self.log.entries(seq).next()),
             (None, Some(fid)) => self.removal(fid).map(Ok),
             (None, None) => None,
         };
         if let Some(Ok(entry)) = entry {
             let record = entry.record;
-            (stamp, by) = (Some(Stamp(entry.seq.0)), Some(record.origin.node));
+            (stamp, by) = (Some(self.lives.stamp(entry.seq)), Some(record.origin.node));
             found["time_ns"] = json!(record.time_ns);
             found["change"] = json!(codec::kind_name(&record.op));
         }

@@ -28,8 +28,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::compare::CompareError;
 use super::index::IndexError;
 use super::meta::Meta;
+use super::nodes::Nodes;
 use super::state::Facts;
-use crate::kml::record::{Fid, Record};
+use crate::kml::record::{Fid, Record, Stamp};
 use crate::kml::salvage::rebuild::RebuildError;
 use crate::sys::Errno;
 
@@ -243,22 +244,41 @@ pub fn check(house: &House, repair: bool, watch: &Watch<'_>) -> Result<Report, F
         unseen: seen.unseen,
     };
     let mut findings = found.0;
-    if facts.as_ref().is_some_and(Facts::power_lost) {
+    if facts.as_ref().is_some_and(|facts| power_lost(house, facts)) {
         findings.iter_mut().for_each(put_off);
     }
     // the worst last, where a terminal shows it
     findings.sort_by_key(|finding| finding.severity);
     let lost_found = match repair && findings.iter().any(Finding::is_repairable) {
-        true => repair::repair(house, facts.as_ref(), (&journal, &seen), &mut findings, watch)?,
+        true => repair::repair(house, facts.as_ref(), &journal, &mut findings, watch)?,
         false => None,
     };
     Ok(Report { side: house.side, counts, findings, lost_found })
 }
 
+/// Whether the next start finds what a power cut left. (A server keeps the machine's start with its
+/// clients.)
+fn power_lost(house: &House, facts: &Facts) -> bool {
+    match house.side {
+        Side::Cache => facts.power_lost(),
+        Side::Served => {
+            !facts.clean && !Nodes::open(&house.state).is_ok_and(|nodes| nodes.same_boot())
+        }
+    }
+}
+
 /// After a loss of power the next start compares tree and journal by itself, and knows better what
 /// is missing.
 fn put_off(finding: &mut Finding) {
-    let kinds = ["index-lacks", "name-differs", "data-lost", "data-short", "unknown", "stub-short"];
+    let kinds = [
+        "index-lacks",
+        "name-differs",
+        "data-lost",
+        "data-short",
+        "unknown",
+        "stub-short",
+        "journal-behind",
+    ];
     if kinds.contains(&finding.kind) {
         (finding.severity, finding.fix) = (Severity::Note, Fix::None);
         finding.remedy = "the machine lost its power: the next start looks at it first".to_owned();
@@ -280,8 +300,8 @@ impl Found {
 struct Seen {
     count: u64,
     unseen: u64,
-    /// the largest stamp on any object of a served tree
-    stamp_max: u64,
+    /// the newest version of an object of a served tree
+    newest: Stamp,
     /// the largest counter of a fid that this node gave
     counter_max: u64,
     /// the largest node number in any fid

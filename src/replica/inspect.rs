@@ -17,13 +17,14 @@ use serde_json::{Map, Value, json};
 use super::cache::{ACKED, Cache};
 use super::compare::own_key;
 use super::fsck::{House, Side};
+use super::lives::Lives;
 use super::meta::Meta;
 use super::nodes::Nodes;
 use super::state::{self, Facts};
 use super::tree::{CONFLICTS_NAME, TreeError};
 use crate::kml::codec::{Entry, Outcome};
 use crate::kml::dump::{Bound, Dump, Options, render};
-use crate::kml::record::{Fid, Name, Seq, Stamp};
+use crate::kml::record::{Fid, Name, Stamp};
 use crate::kml::salvage::{self, Survey};
 use crate::sys::Errno;
 use crate::sys::fs::{self as at, Kind, Stat, xattr};
@@ -267,14 +268,17 @@ pub fn in_house(house: &House, path: &Path) -> io::Result<Sheet> {
     Ok(sheet)
 }
 
-/// Who changed an object of a served directory last: its stamp is that record's number.
+/// Who changed an object of a served directory last: its stamp leads to that record.
 fn changed(sheet: &mut Sheet, house: &House, meta: &Meta) {
     if meta.stamp == Stamp(0) {
         return sheet.add("changed", "by no client since it is served");
     }
-    let bound = Some(Bound::Seq(Seq(meta.stamp.0)));
-    let options = Options { from: bound, to: bound, ..Options::default() };
-    let entry = Dump::open(&house.journal, options).ok().and_then(|mut dump| dump.next());
+    let lives = Lives::beside(&house.journal).unwrap_or_default();
+    let entry = lives.seq(meta.stamp).and_then(|seq| {
+        let bound = Some(Bound::Seq(seq));
+        let options = Options { from: bound, to: bound, ..Options::default() };
+        Dump::open(&house.journal, options).ok()?.next()
+    });
     let who = match host(house, meta.author) {
         Some(host) => format!("by client {} ({host})", meta.author),
         None => format!("by client {}", meta.author),

@@ -29,6 +29,7 @@ pub mod certify;
 mod conflict;
 mod hands;
 mod live;
+pub mod lives;
 mod nodes;
 mod past;
 mod redo;

@@ -6,27 +6,40 @@
 //! again, in order, each only where it is missing; contents are not here any more, so the client is
 //! asked for all of it again (none of it was acknowledged), and what is in the tree then is passed
 //! over. Doing all of this twice changes nothing.
+//!
+//! What clients were shown of it is no version any more, whether its record is lost, its effect, or
+//! neither (lives.rs): the history goes on with a record that says so, objects of which the tree has
+//! a version from behind the cursor get a new stamp, and so does a file that a store may have left
+//! half written, after a kill, too. Authors stay as they are: what comes again still fits.
 
-use super::apply::Content;
+use super::apply::{Content, restamped};
+use super::compare::{CompareError, Found, Knowledge, compare};
 use super::meta::Meta;
 use super::ops::time_of_ns;
+use super::power::clock_ns;
 use super::tree::TreeError;
 use super::volume::{CURSOR, Result, Volume, VolumeError};
 use crate::kml::codec::{Entry, Outcome};
-use crate::kml::record::{Fid, Op, Over, Place, Seq, Stamp};
+use crate::kml::record::{Change, Fid, Op, Origin, Over, Place, ROOT, Record, Seq, Stamp};
 use crate::sys::{Errno, crash, cred, fs};
 
 impl Volume {
-    /// `clean`: the last life ended as it should.
-    pub(super) fn recover(&mut self, clean: bool) -> Result<()> {
+    /// `clean`: the last life ended as it should. `cut`: it ended with the power.
+    pub(super) fn recover(&mut self, clean: bool, cut: bool) -> Result<()> {
         let log = self.log.clone();
-        let kept = Seq(log.cursor(CURSOR));
-        let power_lost = !clean && !self.nodes.same_boot();
-        let mut redone = 0;
+        let (kept, last) = (Seq(log.cursor(CURSOR)), log.last());
+        let (mut redone, mut half_written) = (0, Vec::new());
+        if cut {
+            let ticket = log.append(&Record::lost(clock_ns()))?;
+            log.settle(ticket, Outcome::Done);
+        }
         for entry in log.entries(self.nodes.as_of().next().max(log.first())) {
             let entry = entry?;
+            if entry.seq > last {
+                break;
+            }
             let origin = entry.record.origin;
-            let in_doubt = power_lost && entry.seq > kept;
+            let in_doubt = cut && entry.seq > kept;
             let done = match entry.outcome {
                 Outcome::Void => continue,
                 Outcome::Done if !in_doubt => {
@@ -40,6 +53,9 @@ impl Volume {
                     self.redo(&entry)?
                 }
             };
+            if let (Op::Store { fid, .. }, false) = (&entry.record.op, done) {
+                half_written.push((*fid, origin.node));
+            }
             if entry.outcome == Outcome::Intended {
                 let outcome = if done { Outcome::Done } else { Outcome::Void };
                 log.settle_seq(entry.seq, outcome)?;
@@ -52,12 +68,68 @@ impl Volume {
         if redone > 0 {
             log::info!("{}: {redone} records of the last life were looked at again", self.name);
         }
-        self.flush_touched()
+        self.flush_touched()?;
+        if cut {
+            self.relabel(self.lives.stamp(kept), self.lives.stamp(last.next()))?;
+        }
+        for (fid, node) in half_written {
+            self.label(fid, node)?;
+        }
+        Ok(())
+    }
+    /// Objects whose version is newer than `kept` have the version `mark` from now on.
+    fn relabel(&mut self, kept: Stamp, mark: Stamp) -> Result<()> {
+        let root = fs::open(&**self.tree.root(), b".", fs::o::DIRECTORY, 0)?;
+        let places = Some(&self.tree.index as _);
+        let known = Knowledge { places, facts: Default::default(), stopped_at: None };
+        let mut fids = Vec::from_iter((self.tree.root().meta().stamp > kept).then_some(ROOT));
+        let walked = compare(root, &known, &mut |found| {
+            if let Found::Object(spot, _) = found {
+                let meta = spot.meta.as_ref().filter(|meta| meta.stamp.max(meta.data) > kept);
+                fids.extend(meta.map(|meta| meta.fid));
+            }
+            true
+        });
+        walked.map_err(|e| match e {
+            CompareError::Root(e) => VolumeError::Os(e),
+            CompareError::Index(e) => VolumeError::Tree(e.into()),
+            CompareError::Stopped => VolumeError::Os(Errno::INTR),
+        })?;
+        let newer = |stamp: &mut Stamp| *stamp = if *stamp > kept { mark } else { *stamp };
+        for fid in &fids {
+            let relabelled = self.tree.edit_meta(*fid, |meta| {
+                newer(&mut meta.stamp);
+                newer(&mut meta.data);
+            });
+            match relabelled {
+                Ok(()) | Err(TreeError::Gone(_)) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        log::warn!("{}: power was lost; {} objects have a new stamp", self.name, fids.len());
+        Ok(())
+    }
+    /// A file is not what anybody was told of it. Its author's record comes again, and fits.
+    fn label(&mut self, fid: Fid, node: u32) -> Result<()> {
+        let meta = match self.tree.find(fid) {
+            Ok((_, _, meta)) => meta,
+            Err(TreeError::Gone(_)) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        };
+        let (new, old) = (Change::default(), Change::default());
+        let op = Op::Setattr { fid, base: meta.stamp, new, old };
+        let (path, origin) = (self.tree.path_by_fid(fid), Origin::default());
+        let record = Record { time_ns: clock_ns(), origin, uid: 0, gid: 0, path, op };
+        let ticket = self.log.append(&record)?;
+        let stamp = self.lives.stamp(ticket.seq);
+        self.tree.edit_meta(fid, |meta| restamped(meta, node, stamp))?;
+        self.log.settle(ticket, Outcome::Done);
+        Ok(())
     }
 
     /// Does a record once more, where it is missing; true if it stands in the tree now.
     fn redo(&mut self, entry: &Entry) -> Result<bool> {
-        let stamp = Stamp(entry.seq.0);
+        let stamp = self.lives.stamp(entry.seq);
         let record = &entry.record;
         let missing = match &record.op {
             Op::Noop => false,
@@ -107,7 +179,7 @@ impl Volume {
     /// Objects that carry no attribute have their fid in the index alone, whose newest entries died
     /// with the process. Record by record, the last word on each name is the journal's.
     fn restore_loose(&mut self, entry: &Entry) -> Result<()> {
-        let stamp = Stamp(entry.seq.0);
+        let stamp = self.lives.stamp(entry.seq);
         let node = entry.record.origin.node;
         let named: [Option<(&Place, Fid)>; 2] = match &entry.record.op {
             Op::Symlink { at, fid, .. } | Op::Mknod { at, fid, .. } | Op::Link { at, fid, .. } => {

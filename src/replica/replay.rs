@@ -253,7 +253,7 @@ impl Replay {
     }
 
     fn stamp(&self, seq: Seq) -> Stamp {
-        Stamp(if self.survey.is_history { seq.0 } else { 0 })
+        if self.survey.is_history { self.survey.lives.stamp(seq) } else { Stamp(0) }
     }
 
     fn forward(&mut self, entry: &Entry) -> Result<Fate> {
@@ -672,10 +672,10 @@ impl Replay {
     ) -> std::result::Result<u64, Missing> {
         let stat = fs::stat(dir, name.as_bytes()).map_err(Missing::Os)?;
         let version = Version {
-            seq: self.survey.is_history.then_some(want.seq),
+            stamp: self.survey.is_history.then(|| self.survey.lives.stamp(want.seq)),
             size: want.size,
-            beyond: self.survey.beyond.get(&fid).copied(),
-            last: self.survey.last,
+            beyond: self.survey.beyond.get(&fid).map(|seq| self.survey.lives.stamp(*seq)),
+            last: self.survey.lives.stamp(self.survey.last),
             mtime: match self.part.undo {
                 true => self.survey.times.get(&fid).map(|time| (time.sec, time.nsec)),
                 false => Some(want.mtime.map_or(stat.mtime, |time| (time.sec, time.nsec))),

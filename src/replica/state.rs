@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::lives::Table;
 use super::settings::Settings;
 use crate::kml::record::Fid;
 use crate::sys::{self, boot, crash};
@@ -54,6 +55,9 @@ pub struct Facts {
     /// one, and the stop was not clean, power may have been lost
     #[serde(default)]
     pub boot_id: String,
+    /// of a served volume: which stamps its records have
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lives: Table,
     /// what people decided about the volume; at a client, what the server said of it
     #[serde(default, skip_serializing_if = "Settings::is_default")]
     pub settings: Settings,
@@ -239,6 +243,7 @@ impl Facts {
             epoch: 1,
             clean: true,
             boot_id: boot::id(),
+            lives: Table::new(),
             settings: Settings::default(),
         }
     }

@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use super::conflict::Kept;
 use super::live::Live;
+use super::lives::{self, Lives};
 use super::meta::Meta;
 use super::nodes::Nodes;
 use super::ops::attr_of;
@@ -153,6 +154,7 @@ pub struct Volume {
     pub(super) name: String,
     pub(super) tree: Arc<Tree>,
     pub(super) log: Arc<Log>,
+    pub(super) lives: Arc<Lives>,
     pub(super) state: State,
     pub(super) nodes: Nodes,
     pub(super) spool: Spool,
@@ -189,6 +191,7 @@ fn entry_len(name: &Name, object: &Object) -> usize {
 pub struct SyncJob {
     tree: Arc<Tree>,
     log: Arc<Log>,
+    lives: Arc<Lives>,
 }
 
 impl SyncJob {
@@ -197,6 +200,9 @@ impl SyncJob {
     /// # Errors
     /// Final: nothing more may be acknowledged.
     pub fn run(&self) -> Result<Stamp> {
+        Ok(self.lives.stamp(self.sync()?))
+    }
+    fn sync(&self) -> Result<Seq> {
         let upto = self.log.settled_through();
         self.log.sync_settled(upto)?;
         crash::point("sync-journal");
@@ -207,7 +213,7 @@ impl SyncJob {
         if self.tree.index.fresh_count() > FRESH_MAX {
             self.tree.index.flush(true).map_err(TreeError::from)?;
         }
-        Ok(Stamp(upto.0))
+        Ok(upto)
     }
 }
 
@@ -244,14 +250,25 @@ impl Volume {
         let incarnation = facts.incarnation();
         let space = fs::space(&root)?;
         let disk_len = u64::from(space.block_len).saturating_mul(space.blocks);
+        let is_new = !state_dir.join("kml").exists();
         let options = Options { segment_len: usage::segment_len(disk_len) };
         let log = Log::open_or_create(&state_dir.join("kml"), 0, incarnation, options)?;
+        let nodes = Nodes::open(state_dir)?;
+        let cut = !facts.clean && !nodes.same_boot();
+        let mut lives = Lives::of(&facts.lives);
+        if !is_new {
+            lives.begin(log.last(), cut, log.first());
+            state.edit(|facts| {
+                (facts.lives, facts.fid_next) = (lives.table(), lives::fid_next(facts.fid_next));
+            })?;
+        }
         let mut volume = Volume {
             dir: dir.to_owned(),
             name: name.to_owned(),
             tree: Arc::new(tree),
             log: Arc::new(log),
-            nodes: Nodes::open(state_dir)?,
+            lives: Arc::new(lives),
+            nodes,
             state,
             spool,
             live: Live::of(state_dir),
@@ -264,7 +281,7 @@ impl Volume {
             syncing: Vec::new(),
             names: None,
         };
-        volume.recover(facts.clean)?;
+        volume.recover(facts.clean, cut)?;
         volume.find_conflicts()?;
         volume.save_nodes()?;
         log::info!("{}: volume {name} at stamp {}", dir.display(), volume.stamp().0);
@@ -291,7 +308,7 @@ impl Volume {
     }
     /// The newest change, durable or not.
     pub fn stamp(&self) -> Stamp {
-        Stamp(self.log.last().0)
+        self.lives.stamp(self.log.last())
     }
     /// Versions that lost and were kept aside.
     pub fn conflicts(&self) -> u64 {
@@ -316,7 +333,11 @@ impl Volume {
     /// Begins a sync of everything that was applied so far; [`Volume::synced`] ends it.
     pub fn sync_job(&mut self) -> SyncJob {
         self.syncing = self.nodes.marks();
-        SyncJob { tree: self.tree.clone(), log: self.log.clone() }
+        self.job()
+    }
+    fn job(&self) -> SyncJob {
+        let (tree, log, lives) = (self.tree.clone(), self.log.clone(), self.lives.clone());
+        SyncJob { tree, log, lives }
     }
     /// The sync went well.
     pub fn synced(&mut self) {
@@ -342,9 +363,9 @@ impl Volume {
     pub(super) fn save_nodes(&mut self) -> Result<()> {
         self.tree.index.flush(true).map_err(TreeError::from)?;
         let marks = self.nodes.marks();
-        let stamp = SyncJob { tree: self.tree.clone(), log: self.log.clone() }.run()?;
+        let upto = self.job().sync()?;
         self.nodes.keep(marks);
-        Ok(self.nodes.save(Seq(stamp.0))?)
+        Ok(self.nodes.save(upto)?)
     }
     /// Clients that may still think that they may read and change.
     pub fn live(&self) -> Vec<u32> {
@@ -404,9 +425,12 @@ impl Volume {
     /// # Errors
     /// `Gone`, `NotADir`.
     pub fn list_since(&mut self, fid: Fid, have: Stamp) -> Result<Option<(Listing, Vec<Name>)>> {
-        let (from, last) = (Seq(have.0 + 1), self.log.last());
-        let known = have != Stamp(0) && from >= self.log.first() && have.0 <= last.0;
-        if !known || last.0 - have.0 > LIST_RECORDS_MAX {
+        let last = self.log.last();
+        let Some(had) = self.lives.seq(have).filter(|had| *had != Seq(0) && *had <= last) else {
+            return Ok(None);
+        };
+        let from = had.next();
+        if from < self.log.first() || last.0 - had.0 > LIST_RECORDS_MAX {
             return Ok(None);
         }
         let mut names = BTreeSet::new();
@@ -506,10 +530,11 @@ impl Volume {
     /// The history cannot be read.
     pub fn since(&mut self, stamp: Stamp, node: u32) -> Result<History> {
         let last = self.log.settled_through();
-        let next = Seq(stamp.0.saturating_add(1));
-        if stamp.0 > last.0 || next < self.log.first() {
-            return Ok(History { upto: Stamp(last.0), lost: true, ..History::default() });
-        }
+        let lost = History { upto: self.lives.stamp(last), lost: true, ..History::default() };
+        let known = self.lives.seq(stamp).filter(|seq| *seq <= last);
+        let Some(next) = known.map(Seq::next).filter(|next| *next >= self.log.first()) else {
+            return Ok(lost);
+        };
         let mut found = History { upto: stamp, ..History::default() };
         for (count, entry) in self.log.entries(next).enumerate() {
             let entry = entry?;
@@ -521,12 +546,12 @@ impl Volume {
                 break;
             }
             if entry.record.is_lost() {
-                return Ok(History { upto: Stamp(last.0), lost: true, ..History::default() });
+                return Ok(lost);
             }
             if entry.outcome == Outcome::Done && entry.record.origin.node != node {
                 found.fids.extend(entry.record.op.touched());
             }
-            found.upto = Stamp(entry.seq.0);
+            found.upto = self.lives.stamp(entry.seq);
         }
         found.fids.sort_unstable();
         found.fids.dedup();

@@ -8,6 +8,7 @@ use crate::kml::record::{Fid, Name, Op, Over, Range, Record, Seq};
 use crate::kml::salvage::{self, Gap, Survey, Trouble};
 use crate::replica::cache::ACKED;
 use crate::replica::compare::{self, Facts as Known};
+use crate::replica::lives::Lives;
 use crate::replica::state::Facts;
 use crate::replica::volume::CURSOR;
 
@@ -317,24 +318,27 @@ pub(super) fn close(
     found: &mut Found,
 ) {
     let Some(survey) = &journal.survey else { return };
+    let Some(facts) = facts else { return };
     let last = survey.gaps().map(|gap| gap.to).fold(survey.last, Seq::max);
-    if house.side == Side::Served && seen.stamp_max > last.0 {
+    let (mut mended, mut lives) = (facts.clone(), Lives::of(&facts.lives));
+    let newest = lives.stamp(last);
+    if house.side == Side::Served && seen.newest > newest {
         let what = format!(
-            "objects have versions up to {}, and the journal ends with record {}: its newest part \
-             is missing",
-            seen.stamp_max, last.0
+            "objects have versions up to {}, and the journal ends with {}: its newest part is missing",
+            seen.newest.0, newest.0
         );
-        found.add(
-            Finding::error("journal-behind", &house.journal, what)
-                .mend(Fix::Journal, "go on behind that number, so that no version is given twice"),
-        );
+        lives.begin_beyond(last, seen.newest);
+        mended.lives = lives.table();
+        let fix = Fix::State(Box::new(mended.clone()));
+        let how = "go on behind that number, so that no version is given twice";
+        found.add(Finding::error("journal-behind", &house.journal, what).mend(fix, how));
     }
     let counter = seen.counter_max.max(journal.counter_max);
-    if let Some(facts) = facts.filter(|facts| facts.fid_next <= counter) {
+    if facts.fid_next <= counter {
         let what = format!("it would give the fid {counter} again: its next is {}", facts.fid_next);
-        let next = counter + 1;
-        let mended = Facts { fid_next: next, ..facts.clone() };
+        mended.fid_next = counter + 1;
+        let how = format!("go on with {}", mended.fid_next);
         let finding = Finding::error("fids-again", house.state.join("state.json"), what);
-        found.add(finding.mend(Fix::State(Box::new(mended)), format!("go on with {next}")));
+        found.add(finding.mend(Fix::State(Box::new(mended)), how));
     }
 }

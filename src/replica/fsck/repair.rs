@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::journal::Journal;
-use super::{Finding, Fix, FsckError, House, Seen, Side, Watch, io};
+use super::{Finding, Fix, FsckError, House, Side, Watch, io};
 use crate::kml::record::{Fid, Name, Record, Seq};
 use crate::kml::salvage::rebuild::{Plan, rebuild};
 use crate::replica::cache::ACKED;
@@ -35,7 +35,7 @@ const REPORT: &str = "report.jsonl";
 pub(super) fn repair(
     house: &House,
     facts: Option<&Facts>,
-    (journal, seen): (&Journal, &Seen),
+    journal: &Journal,
     findings: &mut [Finding],
     watch: &Watch<'_>,
 ) -> Result<Option<PathBuf>, FsckError> {
@@ -52,8 +52,7 @@ pub(super) fn repair(
         .collect();
     let wants_journal =
         !extra.is_empty() || findings.iter().any(|finding| matches!(finding.fix, Fix::Journal));
-    let written = wants_journal
-        .then(|| write_journal(house, facts, (journal, seen.stamp_max), &extra, &aside));
+    let written = wants_journal.then(|| write_journal(house, facts, journal, &extra, &aside));
     let mut tree_changed = false;
     for finding in findings.iter_mut().filter(|finding| finding.is_repairable()) {
         watch.check()?;
@@ -135,7 +134,7 @@ impl Aside {
 fn write_journal(
     house: &House,
     facts: Option<&Facts>,
-    (journal, stamp_max): (&Journal, u64),
+    journal: &Journal,
     extra: &[Record],
     aside: &Aside,
 ) -> Result<Seq, FsckError> {
@@ -161,7 +160,6 @@ fn write_journal(
     {
         upto = upto.max(nodes.as_of());
     }
-    upto = upto.max(Seq(stamp_max));
     if survey.open_end {
         // nobody knows how many there were: no more than had room
         upto = upto.max(Seq(survey.last.0 + survey.room_count));

@@ -10,9 +10,12 @@ use std::path::{Path, PathBuf};
 use super::journal::Journal;
 use super::{Finding, Fix, Found, FsckError, House, Seen, Severity, Side, Watch};
 use crate::kml::codec::SEQ_MAX;
-use crate::kml::record::{Change, Fid, Name, Op, Origin, Place, ROOT, Range, Record, Stamp, Time};
+use crate::kml::record::{
+    Change, Fid, Name, Op, Origin, Place, ROOT, Range, Record, Seq, Stamp, Time,
+};
 use crate::replica::compare::{self, Changes, Difference, Knowledge, Places, Spot, own_key};
 use crate::replica::index::view::View;
+use crate::replica::lives::Lives;
 use crate::replica::meta::Meta;
 use crate::replica::ops::attr_of;
 use crate::replica::state::{self, Facts};
@@ -96,7 +99,10 @@ fn look_at_root(house: &House, journal: &Journal, root: &OwnedFd, found: &mut Fo
         let stamp = match house.side {
             Side::Cache => Stamp(0),
             // of an unknown version: as if it had changed just now
-            Side::Served => Stamp(journal.survey.as_ref().map_or(0, |survey| survey.last.0)),
+            Side::Served => {
+                let last = journal.survey.as_ref().map_or(Seq(0), |survey| survey.last);
+                Lives::beside(&house.journal).unwrap_or_default().stamp(last)
+            }
         };
         let meta = Meta { fid: ROOT, stamp, ..Meta::default() };
         let what = "what imz knows of the root cannot be read: nothing would start";
@@ -224,10 +230,10 @@ impl Look<'_> {
 
     fn served(&mut self, spot: &Spot, meta: &Meta) {
         if meta.stamp.0 > SEQ_MAX {
-            self.damaged(spot, "it has a version that no journal gets to");
+            self.damaged(spot, "it has a version that no volume gets to");
             return;
         }
-        self.seen.stamp_max = self.seen.stamp_max.max(meta.stamp.0);
+        self.seen.newest = self.seen.newest.max(meta.stamp);
         if spot.stat.kind() == Kind::File && !meta.complete {
             let what = "it is a stub: not all of its data is here, and a server has no other";
             self.found.add(

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use super::ReplayError;
 use super::target::facts_in;
-use crate::kml::record::{Fid, Seq, Stamp};
+use crate::kml::record::{Fid, Stamp};
 use crate::replica::meta::Meta;
 use crate::replica::tree::is_own;
 use crate::sys::Errno;
@@ -58,14 +58,14 @@ pub enum Missing {
 /// Which version of a file is wanted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Version {
-    /// the record that made it; `None`: seqs and stamps do not compare
-    pub seq: Option<Seq>,
+    /// of the record that made it; `None`: there are none to be compared
+    pub stamp: Option<Stamp>,
     /// bytes
     pub size: u64,
-    /// the first later change of its contents that is known
-    pub beyond: Option<Seq>,
-    /// the journal's newest record: what comes behind it is not known
-    pub last: Seq,
+    /// of the first later change of its contents that is known
+    pub beyond: Option<Stamp>,
+    /// of the journal's newest record: what comes behind it is not known
+    pub last: Stamp,
     /// of the file, if it is known
     pub mtime: Option<(i64, u32)>,
 }
@@ -192,15 +192,15 @@ impl Found {
     fn check(&self, want: &Version) -> std::result::Result<(), Missing> {
         // what tells a version where no stamp does, as far as it goes
         let looks_right = want.beyond.is_none() || want.mtime == Some(self.stat.mtime);
-        match (&self.meta, want.seq) {
+        match (&self.meta, want.stamp) {
             (Some(meta), _) if !meta.complete => return Err(Missing::Partial),
-            (Some(meta), Some(seq)) => {
-                let Stamp(has) = meta.data;
-                let passed = want.beyond.is_some_and(|beyond| has >= beyond.0);
-                if passed || has > want.last.0 {
+            (Some(meta), Some(stamp)) => {
+                let has = meta.data;
+                let passed = want.beyond.is_some_and(|beyond| has >= beyond);
+                if passed || has > want.last {
                     return Err(Missing::Newer);
                 }
-                if has < seq.0 {
+                if has < stamp {
                     return Err(Missing::Older);
                 }
             }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use crate::kml::codec::{Entry, Outcome};
 use crate::kml::dump::Bound;
 use crate::kml::record::{Fid, Op, Over, Seq, Time};
+use crate::replica::lives::Lives;
 use crate::replica::ops::time_of_ns;
 
 /// What is to be replayed.
@@ -26,8 +27,9 @@ pub struct Survey {
     pub until: Seq,
     /// newest record of the journal
     pub last: Seq,
-    /// it is a volume's: records have an origin, and their seqs are stamps
+    /// it is a volume's: records have an origin, and stamps by `lives`
     pub is_history: bool,
+    pub lives: Lives,
     /// the first change of each file's contents that is not to be seen in the end
     pub beyond: HashMap<Fid, Seq>,
     /// undoing: the last one that is

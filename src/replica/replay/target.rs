@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ReplayError;
-use crate::kml::record::{FID_COUNTER_BITS, Fid, NODE_MAX, Name, ROOT};
+use crate::kml::record::{FID_COUNTER_BITS, Fid, NODE_MAX, Name, ROOT, Stamp};
 use crate::replica::index::Index;
 use crate::replica::meta::Meta;
 use crate::replica::state::{self, Facts, State, StateError};
@@ -35,6 +35,8 @@ pub struct Target {
     pub tree: Tree,
     /// inode numbers of files that have names elsewhere
     outside: HashSet<u64>,
+    /// the newest version of an object in it
+    pub newest: Stamp,
     /// whether something in it had no fid when it was opened
     pub is_plain: bool,
     next_stand_in: u64,
@@ -76,6 +78,7 @@ impl Target {
         }
         let is_plain = tree.root().meta() == Meta { fid: ROOT, ..Meta::default() };
         let mut target = Target {
+            newest: tree.root().meta().stamp,
             tree,
             outside: HashSet::new(),
             is_plain,
@@ -108,7 +111,11 @@ impl Target {
                 stat => stat?,
             };
             let known = match fs::xattr::get(&dir, name.as_bytes(), self.tree.own_key()) {
-                Ok(Some(value)) => Some(Meta::decode(&value)?.fid),
+                Ok(Some(value)) => {
+                    let meta = Meta::decode(&value)?;
+                    self.newest = self.newest.max(meta.stamp);
+                    Some(meta.fid)
+                }
                 Ok(None) | Err(Errno::OPNOTSUPP | Errno::PERM) => None,
                 Err(e) => return Err(e.into()),
             };

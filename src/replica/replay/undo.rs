@@ -242,8 +242,9 @@ impl Replay {
         if attr.size > 0 {
             let source = self.source.as_mut().ok_or(Missing::NoSource)?;
             // as it was: by size and time, for the journal does not say which record made it
-            let (seq, mtime) = (None, None);
-            let want = Version { seq, size: attr.size, beyond: None, last, mtime };
+            let (stamp, mtime) = (None, None);
+            let last = self.survey.lives.stamp(last);
+            let want = Version { stamp, size: attr.size, beyond: None, last, mtime };
             let found = source.find(gone.fid, path, &want)?;
             if found.stat.mtime != (attr.mtime.sec, attr.mtime.nsec) {
                 return Err(Missing::Newer);

@@ -46,6 +46,22 @@ impl Rig {
     fn kill(&mut self) {
         self.volume = None;
     }
+    /// As if the machine had been started anew since.
+    fn another_boot(&self) {
+        let nodes = self.path(".imz/nodes.json");
+        let table = std::fs::read_to_string(&nodes).unwrap();
+        let table = table.replace(&crate::sys::boot::id(), "another boot");
+        let unsealed: Vec<&str> = table.lines().filter(|line| !line.contains("crc32")).collect();
+        std::fs::write(&nodes, unsealed.join("\n")).unwrap();
+    }
+    /// `what` as it is now, put beside, or put back.
+    fn copy(&self, what: &str, back: bool) {
+        let (there, aside) = (self.path(what), self.at.path().join("aside"));
+        let (from, to) = if back { (&aside, &there) } else { (&there, &aside) };
+        let _ = std::fs::remove_dir_all(to); // there may be none
+        let done = std::process::Command::new("cp").arg("-a").args([from, to]).status().unwrap();
+        assert!(done.success());
+    }
     fn v(&mut self) -> &mut Volume {
         self.volume.as_mut().unwrap()
     }
@@ -595,12 +611,7 @@ fn what_the_power_took_is_done_again() {
         },
     );
     rig.kill();
-    let nodes = rig.path(".imz/nodes.json");
-    let table = std::fs::read_to_string(&nodes).unwrap();
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
-    let table = table.replace(boot.trim(), "another boot");
-    let unsealed: Vec<&str> = table.lines().filter(|line| !line.contains("crc32")).collect();
-    std::fs::write(&nodes, unsealed.join("\n")).unwrap();
+    rig.another_boot();
     std::fs::remove_file(rig.path("b")).unwrap();
     rig.open();
     assert_eq!(rig.names(), ["b", "d"], "names are redone from the journal");
@@ -629,6 +640,71 @@ fn what_the_power_took_is_done_again() {
     assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(4));
 }
 
+/// A client was shown a version, and with the power went its record alone, or its effect as well.
+#[test]
+fn a_stamp_that_was_lost_is_never_given_again() {
+    for what in [".imz/kml", ""] {
+        let mut rig = rig();
+        rig.ok(1, create(ROOT, "f", f(1, 1)));
+        rig.ok(2, create(ROOT, "g", f(2, 1)));
+        rig.store(1, f(1, 1), Stamp(0), b"old!");
+        rig.v().sync_job().run().unwrap();
+        rig.v().synced();
+        let (old, durable) = (rig.stamp(f(1, 1)), rig.v().stamp());
+        rig.copy(what, false);
+        rig.store(1, f(1, 1), old, b"new!");
+        let shown = rig.stamp(f(1, 1));
+        assert!(shown > old);
+        rig.kill();
+        rig.copy(what, true);
+        rig.another_boot();
+        rig.open();
+        let found = rig.stamp(f(1, 1));
+        assert!(found != shown, "{what}: nobody is to take it for what was shown");
+        assert_eq!(found == old, what.is_empty(), "{what}");
+        assert!(rig.v().since(durable, 2).unwrap().lost, "{what}: who saw it asks anew");
+        assert!(rig.v().list_since(ROOT, durable).unwrap().is_none());
+        assert!(rig.v().list_since(ROOT, shown).unwrap().is_none());
+        rig.store(2, f(2, 1), Stamp(0), b"another");
+        let next = rig.stamp(f(2, 1));
+        assert!(next > shown && next > found, "{what}: {next:?} {shown:?} {found:?}");
+        // it was not acknowledged: it comes again, and is no conflict
+        assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(2));
+        rig.seqs.insert(1, 2);
+        let out = rig.store(1, f(1, 1), old, b"new!");
+        assert!(out.failure.is_none() && out.conflicts.is_empty(), "{what}: {out:?}");
+        assert_eq!(rig.read("f"), "new!");
+        // what is known now, is known in the next life, too
+        let now = rig.v().stamp();
+        rig.kill();
+        rig.open();
+        let again = rig.v().since(now, 2).unwrap();
+        assert_eq!((again.lost, again.fids, again.upto), (false, vec![], now));
+        assert!(rig.v().since(shown, 2).unwrap().lost);
+    }
+}
+
+/// Killed in the midst of a store: who has the version before it must not believe that it has what
+/// stands there.
+#[test]
+fn a_file_that_is_half_written_is_another_version() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.store(1, f(1, 1), Stamp(0), b"text");
+    let (old, known) = (rig.stamp(f(1, 1)), rig.v().stamp());
+    intend(&mut rig, 1, store(f(1, 1), old, 4));
+    std::fs::write(rig.path("f"), b"teXX").unwrap();
+    rig.kill();
+    rig.open();
+    assert!(rig.stamp(f(1, 1)) > old);
+    assert_eq!(rig.v().since(known, 2).unwrap().fids, [f(1, 1)]);
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(2), "it comes again");
+    rig.seqs.insert(1, 2);
+    let out = rig.store(1, f(1, 1), old, b"TEXT");
+    assert!(out.failure.is_none() && out.conflicts.is_empty(), "{out:?}");
+    assert_eq!(rig.read("f"), "TEXT");
+}
+
 /// Found by cutting the power: contents that come again must not undo what came after them.
 #[test]
 fn what_was_set_after_the_contents_comes_again_as_well() {
@@ -642,11 +718,7 @@ fn what_was_set_after_the_contents_comes_again_as_well() {
     rig.store(1, f(1, 2), Stamp(0), b"text");
     rig.ok(1, cut.clone());
     rig.kill();
-    let nodes = rig.path(".imz/nodes.json");
-    let table = std::fs::read_to_string(&nodes).unwrap();
-    let table = table.replace(&crate::sys::boot::id(), "another boot");
-    let unsealed: Vec<&str> = table.lines().filter(|line| !line.contains("crc32")).collect();
-    std::fs::write(&nodes, unsealed.join("\n")).unwrap();
+    rig.another_boot();
     rig.open();
     let records = [rig.record(store(f(1, 2), Stamp(0), 4)), rig.record(cut)];
     let contents = [Content::Inline(b"text"), Content::None];
