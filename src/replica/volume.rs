@@ -5,6 +5,7 @@
 //!   DIR/.imz/kml/               the volume's history: every change, with its origin
 //!   DIR/.imz/index.redb         fid -> names
 //!   DIR/.imz/nodes.json         the clients, and how far each one's journal is in the tree
+//!   DIR/.imz/grants.json        what the clients were granted (room.rs)
 //!   DIR/.imz/spool/             contents on their way in
 //!   DIR/.imz-conflicts/         versions that lost (conflict.rs)
 //! ```
