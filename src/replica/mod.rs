@@ -36,6 +36,7 @@ pub mod replay;
 pub mod resolve;
 pub mod settings;
 mod spool;
+mod swap;
 mod usage;
 pub mod volume;
 
