@@ -235,6 +235,8 @@ Mount options:
   uring=off          requests come by /dev/fuse
   reserve=on         room at the server is set aside before anything is written (default);
                      see imz-space(7)
+  reserve=exact      the same, and every write is counted before it is done, however much room
+                     there is: no file is written past the daemon
   reserve=off        nothing is reserved: for benchmarks
   offline-space=granted
                      while the server is away, no more is written than was granted (default)
