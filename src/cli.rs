@@ -131,6 +131,9 @@ Configuration file (TOML):
   # Where imz keeps its own state: each volume in a directory of its name below this one.
   # Without it .imz in the served directory. As --state, which wins over it.
   state = \"/var/lib/imz-server\"
+  # How long a client that is away keeps the room that it was granted; as --keep-grant, which wins
+  # over it. The default:
+  keep_grant = \"7d\"
 
   [[volume]]                  # one for each volume; none is fine, imz volume create adds them
   name = \"photos\"             # what clients call it: HOST:/photos
@@ -183,10 +186,9 @@ pub struct ServeArgs {
     ///
     /// Each client is granted room before it writes, so that what it wrote finds its place here. A
     /// client that is away may write that much. One that stays away for longer loses what it has
-    /// not used, and stops writing about then by itself. See imz-space(7).
-    #[arg(long, value_name = "DURATION", default_value = "7d")]
-    #[arg(value_parser = options::duration)]
-    pub keep_grant: Duration,
+    /// not used, and stops writing about then by itself. See imz-space(7). By default 7d.
+    #[arg(long, value_name = "DURATION", value_parser = options::duration)]
+    pub keep_grant: Option<Duration>,
 }
 
 /// Mount a volume, or put a write-back cache before a directory
@@ -233,6 +235,8 @@ Mount options:
   uring=off          requests come by /dev/fuse
   reserve=on         room at the server is set aside before anything is written (default);
                      see imz-space(7)
+  reserve=exact      the same, and every write is counted before it is done, however much room
+                     there is: no file is written past the daemon
   reserve=off        nothing is reserved: for benchmarks
   offline-space=granted
                      while the server is away, no more is written than was granted (default)

@@ -227,7 +227,16 @@ fn alone(world: &mut World) {
         }
     }
     for round in 0..2u8 {
-        world.write("big", vec![round + 1; BIG_LEN + usize::from(round)]);
+        let big = vec![round + 1; BIG_LEN + usize::from(round)];
+        let both = ["big".into(), "linked".into()];
+        world.act(&both, |root| fs::write(root.join("big"), &big));
+        // with a second name it is stored in place, the second time
+        world.act(&["linked".into()], |root| {
+            match fs::hard_link(root.join("big"), root.join("linked")) {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+                done => done,
+            }
+        });
         world.write("small", vec![round + 1; 3000]);
         world.act(&["synced".into()], |root| {
             let mut file = File::create(root.join("synced"))?;

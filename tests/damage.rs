@@ -43,14 +43,14 @@ use rustix::fs::XattrFlags;
 type Tree = BTreeMap<String, Result<Vec<u8>, String>>;
 
 const ACTIONS: [&str; 5] = ["flip", "truncate", "zero", "duplicate", "swap"];
-const PLACES: [&str; 9] =
-    ["header", "body", "tail", "boundary", "index", "xattr", "cursors", "state", "writers"];
+const PLACES: [&str; 10] =
+    ["header", "body", "tail", "boundary", "index", "xattr", "cursors", "state", "writers", "room"];
 /// Cells at a time: most of their time is waiting.
 const TOGETHER: usize = 4;
 const OWN_KEY: &str = "trusted.imz";
 
-const SERVED_PLACES: [&str; 8] =
-    ["header", "body", "tail", "index", "xattr", "cursors", "state", "nodes"];
+const SERVED_PLACES: [&str; 9] =
+    ["header", "body", "tail", "index", "xattr", "cursors", "state", "nodes", "grants"];
 
 /// `place action | fsck | dump | mount | repair`
 const CACHE: &str = "
@@ -99,6 +99,11 @@ writers truncate | writers-damaged | ok | exit 6 | 1, same
 writers zero | writers-damaged | ok | exit 6 | 1, same
 writers duplicate | writers-damaged | ok | exit 6 | 1, same
 writers swap | writers-damaged | ok | exit 6 | 1, same
+room flip | room-damaged | ok | same | 1, same
+room truncate | room-damaged | ok | same | 1, same
+room zero | room-damaged | ok | same | 1, same
+room duplicate | room-damaged | ok | same | 1, same
+room swap | room-damaged | ok | same | 1, same
 ";
 
 /// The same of a served directory, with `serve` for mount.
@@ -143,6 +148,11 @@ nodes truncate | nodes-damaged | ok | refused | 1, same
 nodes zero | nodes-damaged | ok | refused | 1, same
 nodes duplicate | nodes-damaged | ok | refused | 1, same
 nodes swap | nodes-damaged | ok | refused | 1, same
+grants flip | grants-damaged | ok | same | 1, same
+grants truncate | grants-damaged | ok | same | 1, same
+grants zero | grants-damaged | ok | same | 1, same
+grants duplicate | grants-damaged | ok | same | 1, same
+grants swap | grants-damaged | ok | same | 1, same
 ";
 
 // ---- the cache -------------------------------------------------------------------------------
@@ -314,6 +324,15 @@ fn spot(parts: &Parts, place: &str) -> Spot {
             let at = text.find("\"last\": ").unwrap() as u64 + 8;
             Spot { file, at, len: 2, other: at - 8 }
         }
+        "room" | "grants" => {
+            let file = own.join(format!("{place}.json"));
+            let text = fs::read_to_string(&file).unwrap();
+            // the digits of what was granted, or in the book of whose turn is next
+            let key = if place == "room" { "\"granted\": [" } else { "\"epoch_next\": " };
+            let at = (text.find(key).unwrap() + key.len()) as u64;
+            let at = at + text[at as usize..].find(|c: char| c.is_ascii_digit()).unwrap() as u64;
+            Spot { file, at, len: 2, other: at - 8 }
+        }
         "writers" => Spot { file: own.join("kml/writers"), at: 0, len: 8, other: 8 },
         "boundary" => Spot { file: segments[1].clone(), at: 0, len: 64, other: 0 },
         place => panic!("{place}"),
@@ -352,7 +371,7 @@ fn damage(parts: &Parts, place: &str, action: &str) {
             fs::rename(&two, &one).unwrap();
             fs::rename(&aside, &two).unwrap();
         }
-        ("state" | "nodes", "duplicate") => {
+        ("state" | "nodes" | "room" | "grants", "duplicate") => {
             let twice = fs::read(&file).unwrap().repeat(2);
             fs::write(&file, twice).unwrap();
         }

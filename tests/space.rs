@@ -250,6 +250,96 @@ fn df_shows_what_can_be_written() {
     assert!(room(mount.path()).0 < 4 * MIB, "{}", room(mount.path()).0);
 }
 
+/// Writes on until there is no room; what was written, and how it ended.
+fn write_on(file: &File, piece: &[u8]) -> (u64, io::Error) {
+    let mut done = 0;
+    loop {
+        match (&*file).write(piece) {
+            Ok(count) => done += count as u64,
+            Err(e) => return (done, e),
+        }
+    }
+}
+
+/// A reserve of 256 MiB must outlast what is written between two looks, several times over.
+fn seldom_unseen(mount: &Mount) {
+    let unseen = mount.status()["space_unseen_max_bytes"].as_u64().unwrap();
+    eprintln!("{} KiB were written between two looks", unseen >> 10);
+    assert!(unseen > 0 && unseen * 2 < 256 * MIB, "{unseen} bytes between two looks");
+}
+
+#[test]
+fn a_writer_past_the_daemon_is_stopped_before_it_outruns_its_grant() {
+    let (Some(disk), Some(caches)) = (Disk::new(1900), Disk::new(3000)) else { return };
+    let server = Server::start(&disk);
+    let nominal = room(server.dir()).0;
+    let mount = Mount::start(&server, &caches, "a");
+    wait_for("there is plenty", 10, || mount.status()["space_regime"] == "ample");
+    let piece = pattern(3, MIB as usize);
+    let file = File::create_new(mount.at("big")).unwrap();
+    let (written, full) = write_on(&file, &piece);
+    assert!(is_full(&full), "{full} after {written}");
+    let part = written as f64 / nominal as f64;
+    eprintln!("an open writer gets {part:.4} of {nominal} bytes");
+    seldom_unseen(&mount);
+    // It stays so while there is no room, and no longer.
+    assert!(is_full(&write_on(&file, &piece[..4096]).1));
+    drop(file);
+    mount.sync();
+    let there = File::open(server.dir().join("big")).unwrap();
+    assert_eq!(there.metadata().unwrap().len(), written);
+    let mut bytes = vec![0; piece.len()];
+    for at in (0..written).step_by(piece.len()).step_by(97) {
+        there.read_exact_at(&mut bytes, at).unwrap();
+        assert!(bytes == piece, "other bytes at {at}");
+    }
+    nothing_refused(&server, &[&mount]);
+    assert!(part > 0.9, "only {part:.3} of {nominal}");
+}
+
+#[test]
+fn a_writer_that_rests_keeps_no_room_from_others() {
+    let (Some(disk), Some(caches)) = (Disk::new(2200), Disk::new(1000)) else { return };
+    let server = Server::start(&disk);
+    let rests = Mount::start(&server, &caches, "rests");
+    wait_for("there is plenty", 10, || rests.status()["space_regime"] == "ample");
+    let log = File::create_new(rests.at("log")).unwrap();
+    write_all(&log, b"begun");
+    let in_use = || rests.status()["space_used_bytes"].as_u64().unwrap();
+    assert!(in_use() >= 256 * MIB, "{}", in_use());
+    wait_for("it keeps no reserve", 10, || in_use() < MIB);
+    // it need not know
+    write_all(&log, b", and gone on");
+    assert!(in_use() >= 32 * MIB, "{}", in_use());
+    wait_for("it keeps no reserve again", 10, || in_use() < MIB);
+    rests.sync();
+    // somebody else has filled the disk
+    disk.fill(330 * MIB);
+    let nominal = room(server.dir()).0;
+    let others = Mount::start(&server, &caches, "others");
+    let written = fill(&others, "f", 8 << 20);
+    let part = total(&written) as f64 / nominal as f64;
+    eprintln!("beside one who rests: {part:.4} of {nominal}");
+    assert!(part >= 0.9, "only {part:.3} of {nominal}");
+    let (more, full) = write_on(&log, &[7; 4096]);
+    assert!(is_full(&full), "{full} after {more}");
+    for (name, _) in &written[..12] {
+        fs::remove_file(others.at(name)).unwrap();
+    }
+    others.sync();
+    // a refusal is remembered for a moment
+    wait_for("there is room again", 10, || (&log).write_all(b", to its end").is_ok());
+    drop(log);
+    rests.sync();
+    let there = fs::read(server.dir().join("log")).unwrap();
+    assert!(there.starts_with(b"begun, and gone on") && there.ends_with(b", to its end"));
+    nothing_refused(&server, &[&rests, &others]);
+}
+
+fn write_all(mut file: &File, bytes: &[u8]) {
+    file.write_all(bytes).unwrap();
+}
+
 fn server_status(server: &Server) -> serde_json::Value {
     let (code, text) = common::imz_run(&["status", "--json", server.dir().to_str().unwrap()]);
     assert_eq!(code, 0, "{text}");

@@ -350,6 +350,8 @@ pub enum Uring {
 pub enum Reserve {
     #[default]
     On,
+    /// and each write is counted before it is done, however much there is
+    Exact,
     Off,
 }
 
@@ -391,7 +393,7 @@ pub enum MountOption {
 const KNOWN: &str = "ro, rw, sync, async, allow_other, cache=DIR, cache-max=SIZE, age=DURATION, \
                      timeout=DURATION, offline=error|wait, \
                      passthrough=auto|off, coherence=close-to-open|strict|session, \
-                     uring=auto|on|off, reserve=on|off, offline-space=granted|optimistic, suid, nosuid, dev, nodev, exec, noexec, atime, noatime";
+                     uring=auto|on|off, reserve=on|exact|off, offline-space=granted|optimistic, suid, nosuid, dev, nodev, exec, noexec, atime, noatime";
 
 /// What mount(8) and fstab(5) pass and handle by themselves, or what changes nothing here.
 const IGNORED: [&str; 27] = [
@@ -476,8 +478,9 @@ impl MountOption {
             ("uring", "off") => Ok(MountOption::Uring(Uring::Off)),
             ("uring", _) => bad("uring is auto, on or off"),
             ("reserve", "on") => Ok(MountOption::Reserve(Reserve::On)),
+            ("reserve", "exact") => Ok(MountOption::Reserve(Reserve::Exact)),
             ("reserve", "off") => Ok(MountOption::Reserve(Reserve::Off)),
-            ("reserve", _) => bad("reserve is on or off"),
+            ("reserve", _) => bad("reserve is on, exact or off"),
             ("offline-space", "granted") => Ok(MountOption::OfflineSpace(OfflineSpace::Granted)),
             ("offline-space", "optimistic") => {
                 Ok(MountOption::OfflineSpace(OfflineSpace::Optimistic))

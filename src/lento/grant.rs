@@ -62,6 +62,8 @@ struct Inner {
     never: bool,
     /// the server counts nothing
     off: bool,
+    /// each write is counted before it is done, by choice
+    each: bool,
     /// the server has plenty
     ample: bool,
     /// the grant has ended, because the server was away for too long
@@ -120,6 +122,10 @@ impl Grant {
     /// Nothing is reserved, ever.
     pub fn off() -> Arc<Grant> {
         Arc::new(Grant(Mutex::new(Inner { never: true, ..Inner::default() })))
+    }
+    /// From now on it is as where room is scarce: no write is counted afterwards.
+    pub fn count_each(&self) {
+        self.inner().each = true;
     }
     fn inner(&self) -> MutexGuard<'_, Inner> {
         // Plain figures: whole after every call.
@@ -253,7 +259,8 @@ impl Grant {
     pub fn figures(&self) -> Figures {
         let inner = self.inner();
         let free = inner.free();
-        let regime = match (inner.is_off(), inner.ample && free.bytes() >= policy::AMPLE_LEN) {
+        let ample = inner.ample && !inner.each && free.bytes() >= policy::AMPLE_LEN;
+        let regime = match (inner.is_off(), ample) {
             (true, _) => Regime::Off,
             (false, true) => Regime::Ample,
             (false, false) => Regime::Exact,
@@ -464,6 +471,11 @@ mod tests {
         assert!(grant.charge(bytes(1 << 40)).is_some());
         assert_eq!(grant.figures().regime, Regime::Off);
         assert_eq!(Grant::off().hello(), None);
+        let counting = met(1 << 30);
+        counting.hear(&RoomTerms { ample: true, ..terms(5, 1 << 30, 0) });
+        assert_eq!(counting.figures().regime, Regime::Ample);
+        counting.count_each();
+        assert_eq!(counting.figures().regime, Regime::Exact);
         let optimist = Grant::new(Kept::default(), true);
         assert!(optimist.charge(bytes(7)).is_some(), "away from the server");
         optimist.welcome(Some(&terms(1, 5, 0)));

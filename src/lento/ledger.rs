@@ -107,9 +107,9 @@ impl Ledger {
     }
     /// Nobody holds anything in the volume any more: it is not served.
     pub fn remove_volume(&mut self, no: usize) {
-        if let Some(account) = self.accounts.get_mut(no) {
-            account.nodes.clear();
-        }
+        let Some(account) = self.accounts.get_mut(no) else { return };
+        (account.quota, account.used) = (None, Room::NONE);
+        account.nodes.clear();
     }
     pub fn disk(&self, no: usize) -> DiskId {
         self.accounts[no].disk

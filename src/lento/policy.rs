@@ -63,7 +63,11 @@ pub const SAVE_EVERY: Duration = Duration::from_secs(30);
 /// With so much granted and free, the kernel may write by itself for [`LOOK_EVERY`], bytes.
 pub const AMPLE_LEN: u64 = 256 << 20;
 /// How often it is looked what the kernel wrote by itself.
-pub const LOOK_EVERY: Duration = Duration::from_millis(50);
+pub const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// The same where room comes to its end, and how often the kernel is made to ask then.
+pub const LOOK_CLOSELY: Duration = Duration::from_millis(3);
+/// How often it is tried to have writers that rest ask.
+pub const REST_EVERY: Duration = Duration::from_millis(200);
 /// Most that is granted to one client ahead of its need.
 pub const AHEAD_MAX: Room = Room::new(1 << 30, 1 << 20);
 /// Where so much is left, more of it is granted ahead, bytes and files.

@@ -214,9 +214,13 @@ impl Running {
         let strict = settings.coherence == Coherence::Strict;
         let file = Arc::new(FiguresFile::of(&place.join(".imz")));
         let grant = match settings.reserve {
-            Reserve::On => {
+            Reserve::On | Reserve::Exact => {
                 let optimistic = settings.offline_space == OfflineSpace::Optimistic;
-                room::grant_of(&opened.cache, &file, optimistic)?
+                let grant = room::grant_of(&opened.cache, &file, optimistic)?;
+                if settings.reserve == Reserve::Exact {
+                    grant.count_each();
+                }
+                grant
             }
             Reserve::Off => Grant::off(),
         };
@@ -226,7 +230,7 @@ impl Running {
             rights: rights.clone(),
             keeps,
             grant: grant.clone(),
-            grant_file: (settings.reserve == Reserve::On).then_some(file),
+            grant_file: (settings.reserve != Reserve::Off).then_some(file),
         };
         let handle = client::start(opened.cache.clone(), peer, options, notify)?;
         handle.set_timeout(settings.timeout);
@@ -268,7 +272,7 @@ impl Running {
         kernel.connect(mounted.kernel());
         watch(mounted, signals, &tell)?;
         watch_mapped(&filter)?;
-        watch_kernel(&filter)?;
+        watch_kernel(&filter, &mountpoint)?;
         watch_tree(&filter, &handle, place)?;
         let pinner = keeping.pinner;
         Ok(Running { mountpoint, filter, handle, pinner, server, control, events })
@@ -360,15 +364,30 @@ fn watch_tree(filter: &Arc<Filter>, handle: &Handle, place: &Path) -> anyhow::Re
     Ok(())
 }
 
-/// Counts what the kernel writes by itself, while it does.
-fn watch_kernel(filter: &Arc<Filter>) -> anyhow::Result<()> {
-    let filter = Arc::downgrade(filter);
+/// Counts what the kernel writes by itself, while it does, and makes it ask where room is short.
+fn watch_kernel(filter: &Arc<Filter>, mountpoint: &Path) -> anyhow::Result<()> {
+    let looks = Arc::downgrade(filter);
     std::thread::Builder::new().name("room".into()).spawn(move || {
-        while let Some(filter) = filter.upgrade() {
+        sys::limit::go_first();
+        while let Some(filter) = looks.upgrade() {
             if filter.by_kernel.wait(LOOK_EVERY) {
                 filter.look_at_kernel();
+                let close = filter.by_kernel.is_guarded();
                 drop(filter);
-                std::thread::sleep(policy::LOOK_EVERY);
+                std::thread::sleep(if close { policy::LOOK_CLOSELY } else { policy::LOOK_EVERY });
+            }
+        }
+    })?;
+    // It looks at files of the mount, as a program does: nobody else waits for it.
+    let (asks, mountpoint) = (Arc::downgrade(filter), mountpoint.to_owned());
+    std::thread::Builder::new().name("stop".into()).spawn(move || {
+        sys::limit::go_first();
+        while let Some(filter) = asks.upgrade() {
+            if filter.by_kernel.wait_guarded(LOOK_EVERY) {
+                filter.make_kernel_ask(&mountpoint);
+                let close = filter.by_kernel.is_guarded();
+                drop(filter);
+                std::thread::sleep(if close { policy::LOOK_CLOSELY } else { policy::REST_EVERY });
             }
         }
     })?;

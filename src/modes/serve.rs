@@ -8,12 +8,14 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 
 use super::explain::explain;
 use super::{Exit, Failure, fail};
 use crate::cli::{ServeArgs, options};
+use crate::lento::policy;
 use crate::lento::server::Settings;
 use crate::net::server::{Server, ServerError, state_of};
 use crate::replica::settings::Change;
@@ -42,7 +44,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
         }
     };
     sys::limit::raise_files();
-    let settings = Settings { keep_grant: args.keep_grant, ..Settings::default() };
+    let settings = Settings { keep_grant: plan.keep_grant, ..Settings::default() };
     let mut server = Server::new(Some(plan.listen), settings).map_err(explain)?;
     for Serving { name, dir, state, settings } in &plan.volumes {
         let volume = open_volume(dir, state.as_deref(), name, settings.as_ref())?;
@@ -75,6 +77,7 @@ struct Plan {
     listen: net::SocketAddr,
     /// volumes that are created later have their state in a directory of their name below it
     state: Option<PathBuf>,
+    keep_grant: Duration,
     volumes: Vec<Serving>,
 }
 
@@ -125,7 +128,8 @@ fn plan_in(config: Config, args: &ServeArgs) -> anyhow::Result<Plan> {
         volumes.push(Serving { name: volume.name, dir, state, settings });
     }
     let listen = args.listen.or(config.listen).unwrap_or(options::LISTEN);
-    Ok(Plan { listen, state, volumes })
+    let keep_grant = args.keep_grant.or(config.keep_grant).unwrap_or(policy::KEEP_GRANT);
+    Ok(Plan { listen, state, keep_grant, volumes })
 }
 
 /// As the command line says: the directories by their real paths, with the names of their volumes.
@@ -155,7 +159,8 @@ fn plan_of(args: &ServeArgs) -> anyhow::Result<Plan> {
         volumes.push(Serving { name, dir, state, settings: None });
     }
     let listen = args.listen.unwrap_or(options::LISTEN);
-    Ok(Plan { listen, state: args.state.clone(), volumes })
+    let keep_grant = args.keep_grant.unwrap_or(policy::KEEP_GRANT);
+    Ok(Plan { listen, state: args.state.clone(), keep_grant, volumes })
 }
 
 /// A directory by its real path.

@@ -112,6 +112,8 @@ pub struct Status {
     pub space_granted_files: u64,
     pub space_used_bytes: u64,
     pub space_used_files: u64,
+    /// of a mount: most that the kernel wrote past the daemon between two looks
+    pub space_unseen_max_bytes: u64,
     /// of a server: room in the volume that nobody holds, and who holds some
     pub space_available_bytes: u64,
     pub space_available_files: u64,

@@ -11,7 +11,9 @@ use super::attrs::{When, Wish};
 use super::filter::{Filter, Found, Result, Stop};
 use super::names::UNKNOWN;
 use super::open::Grip;
+use super::stop::CAPABILITY_LEN;
 use crate::kml::record::{Fid, NAME_LEN_MAX, Time};
+use crate::replica::hydrate::CAPABILITY;
 use crate::sys::Errno;
 use crate::sys::cred::Caller;
 use crate::sys::dev_fuse::{SEEK_HOLE, decode_dev};
@@ -74,12 +76,24 @@ impl Adapter {
             Op::Setxattr { flags, name, value } => {
                 filter.setxattr(by(0), fid, name, value, flags).map(nothing)
             }
+            // before a write that is to be stopped: then it asks to have the attribute removed
+            Op::Getxattr { room: 0, name: CAPABILITY } if filter.stops_kernel(fid) => {
+                Ok(reply::size(CAPABILITY_LEN))
+            }
             Op::Getxattr { room, name } => {
                 value(filter.getxattr(fid, name)?.ok_or(Errno::NODATA)?, room)
             }
             Op::Listxattr { room } => {
                 let keys = filter.listxattr(fid)?;
                 value(keys.iter().flat_map(|k| k.iter().copied().chain([0])).collect(), room)
+            }
+            Op::Removexattr { name: CAPABILITY } => {
+                filter.let_kernel_write(fid)?;
+                match filter.removexattr(by(0), fid, CAPABILITY) {
+                    // it was said to be there for that reason alone
+                    Err(Stop::Errno(Errno::NODATA)) if filter.is_by_kernel(fid) => Ok(nothing(())),
+                    done => done.map(nothing),
+                }
             }
             Op::Removexattr { name } => filter.removexattr(by(0), fid, name).map(nothing),
             Op::Readdir { at, room, plus } => list(filter, fid, at, room, plus),

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::mapped::Mapped;
 use super::open::{Open, OpenFiles};
-use super::room::ByKernel;
+use super::stop::ByKernel;
 use crate::kml::codec::Outcome;
 use crate::kml::log::LogError;
 use crate::kml::record::{Fid, Name, Op, Origin, Place, ROOT, Record, Seq, Time};

@@ -16,6 +16,7 @@
 //!  open.rs     the table of open files
 //!  locks.rs    flock and fcntl locks: publish at unlock, validate at lock
 //!  room.rs     room at the server, before anything is done here
+//!  stop.rs     writers whose data the kernel moves: counted, and stopped in time
 //!  mapped.rs   files that are closed, and written to through mappings
 //!  pinner.rs   fetches what is pinned, and what appears there later
 //!  evictor.rs  which files give up their data, and when
@@ -43,3 +44,4 @@ pub mod parked;
 pub mod pinner;
 mod rings;
 pub mod room;
+pub mod stop;

@@ -33,6 +33,8 @@ pub struct OpenState {
     writers: u32,
     /// of these, how many write past the daemon
     kernel_writers: u32,
+    /// the kernel asks before it writes the next time (stop.rs)
+    pub asks: bool,
     /// room for what was written since the last store record
     pub charge: Option<Charge>,
     /// in the table of files that were open for writing when the process died
@@ -187,11 +189,12 @@ impl OpenFiles {
                 let dirty = if way.unseen { None } else { Some(Vec::new()) };
                 let (slot, stored, held_blocks) = (None, way.mark, way.blocks);
                 let (handles, writers, changed) = (0, 0, false);
-                let (kernel_writers, charge) = (0, None);
+                let (kernel_writers, asks, charge) = (0, false, None);
                 let state = OpenState {
                     handles,
                     writers,
                     kernel_writers,
+                    asks,
                     charge,
                     slot,
                     stored,

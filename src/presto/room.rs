@@ -8,48 +8,21 @@
 //! ```
 //!
 //! Who lacks room stops with a want; lento gets more, or ends it with ENOSPC. What is written already
-//! is journaled in any case. Figures are in lento::grant, estimates in lento::charge.
+//! is journaled in any case. Figures are in lento::grant, estimates in lento::charge; how a writer
+//! is stopped whom the kernel serves by itself, in stop.rs.
 
 use std::os::fd::AsFd;
-use std::sync::{Condvar, Mutex};
-use std::time::Duration;
 
 use super::filter::{Filter, Result, Stop, Want, is_done};
-use super::open::{Open, OpenState, add_range, held};
+use super::open::{Open, OpenState, add_range};
 use crate::kml::record::{PATH_LEN_MAX, Range};
 use crate::lento::charge;
 use crate::lento::grant::{Charge, Regime};
-use crate::lento::policy;
 use crate::lento::room::{BLOCK_LEN, Room, blocks};
 use crate::sys::fs::{self, Stat, o};
 
-/// What the kernel may write before it is looked at again.
-const RESERVE: Room = Room::new(policy::AMPLE_LEN, 0);
 /// Pieces of a sparse file that are counted; the rest counts as data.
 const PIECES_MAX: usize = 1024;
-
-/// Files that the kernel writes to by itself.
-#[derive(Default)]
-pub struct ByKernel {
-    state: Mutex<Kernel>,
-    begun: Condvar,
-}
-
-#[derive(Default)]
-struct Kernel {
-    /// handles
-    writers: u32,
-    reserve: Option<Charge>,
-}
-
-impl ByKernel {
-    /// Waits until the kernel may write to something; false: it still does not.
-    pub fn wait(&self, patience: Duration) -> bool {
-        let none = |kernel: &mut Kernel| kernel.writers == 0;
-        let waited = self.begun.wait_timeout_while(held(&self.state), patience, none);
-        waited.unwrap_or_else(|e| e.into_inner()).0.writers > 0
-    }
-}
 
 impl Filter {
     /// Room for what is to be done; stops where there is none. What is done already gets it anyway.
@@ -148,40 +121,10 @@ impl Filter {
         match figures.regime {
             Regime::Off => true,
             _ if flags & o::ACCMODE == o::RDONLY => true,
-            Regime::Exact => held(&self.by_kernel.state).reserve.is_some(),
-            Regime::Ample => figures.free.covers(of_whole(stat.size).plus(RESERVE)),
-        }
-    }
-
-    /// Whether a writer's data may go past the daemon: there is room for all of the file, and for
-    /// what may be written until the next look. If so, the kernel counts as one more writer.
-    pub fn kernel_may_write(&self, open: &Open) -> bool {
-        let mut kernel = held(&self.by_kernel.state);
-        match self.room.figures().regime {
-            Regime::Off => {}
-            Regime::Exact if kernel.reserve.is_none() => return false,
-            Regime::Ample | Regime::Exact => {
-                if !self.cover_whole(open) {
-                    return false;
-                }
-                if kernel.reserve.is_none() {
-                    kernel.reserve = self.room.charge(RESERVE);
-                }
-                if kernel.reserve.is_none() {
-                    return false;
-                }
+            Regime::Exact => self.by_kernel.has_reserve(),
+            Regime::Ample => {
+                figures.free.covers(of_whole(stat.size).plus(self.by_kernel.reserve()))
             }
-        }
-        kernel.writers += 1;
-        self.by_kernel.begun.notify_all();
-        true
-    }
-    /// Such a writer has closed.
-    pub fn kernel_wrote(&self) {
-        let mut kernel = held(&self.by_kernel.state);
-        kernel.writers = kernel.writers.saturating_sub(1);
-        if kernel.writers == 0 {
-            kernel.reserve = None;
         }
     }
 
@@ -216,62 +159,15 @@ impl Filter {
         charge.into_iter().for_each(|charge| state.keep_charge(charge));
         covered
     }
-
-    /// Counts what the kernel wrote by itself since the last look, and asks ahead. What the grant
-    /// does not cover comes from the reserve.
-    pub fn look_at_kernel(&self) {
-        if self.room.is_off() {
-            return;
-        }
-        for open in self.files.written().into_iter().filter(|open| open.state().by_kernel()) {
-            if self.cover_whole(&open) {
-                continue;
-            }
-            let Ok(stat) = fs::fstat(&open.fd) else { continue };
-            let need = of_whole(data_len(&open.fd, &stat));
-            let mut kernel = held(&self.by_kernel.state);
-            let mut state = open.state();
-            let lacks = need.less(state.charge_room());
-            let part = kernel.reserve.as_mut().map(|reserve| reserve.take(lacks));
-            let mut charge = part.unwrap_or_else(|| self.room.charge_done(Room::NONE));
-            let rest = lacks.less(charge.room());
-            if !rest.is_none() {
-                charge.join(self.room.charge_done(rest));
-            }
-            state.keep_charge(charge);
-        }
-        self.fill_reserve();
-    }
-    /// The reserve is full again, and as much is free: else more is asked for.
-    fn fill_reserve(&self) {
-        let lacks = {
-            let mut kernel = held(&self.by_kernel.state);
-            if kernel.writers == 0 {
-                return;
-            }
-            let reserve = kernel.reserve.get_or_insert_with(|| self.room.charge_done(Room::NONE));
-            let lacks = RESERVE.less(reserve.room());
-            match self.room.charge(lacks) {
-                Some(charge) => {
-                    reserve.join(charge);
-                    !self.room.covers(RESERVE)
-                }
-                None => true,
-            }
-        };
-        if lacks && self.cache.is_online() {
-            self.lento.want(Want::Room(RESERVE), Box::new(|_| ()));
-        }
-    }
 }
 
 /// The room of a store of so many bytes in a row.
-fn of_whole(len: u64) -> Room {
+pub(super) fn of_whole(len: u64) -> Room {
     charge::of_store(&[Range { at: 0, len: len.max(1) }], PATH_LEN_MAX as u64)
 }
 
 /// The data of a file without its holes, bytes.
-fn data_len(fd: impl AsFd, stat: &Stat) -> u64 {
+pub(super) fn data_len(fd: impl AsFd, stat: &Stat) -> u64 {
     if stat.blocks.saturating_mul(512) >= stat.size {
         return stat.size;
     }

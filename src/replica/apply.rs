@@ -13,6 +13,7 @@ use super::certify::{self, Clash, Verdict, View, certify};
 use super::hands::{self, Hands};
 use super::meta::Meta;
 use super::spool::Spool;
+use super::swap;
 use super::tree::{Dir, TreeError};
 use super::volume::{Result, Volume, VolumeError};
 use crate::kml::codec::Outcome;
@@ -176,6 +177,8 @@ impl Volume {
                 self.carry_out(record, content, out)?;
                 self.after_change((node, seq), &op, out)?;
             }
+            // The last power cut may have left it without its record, and without its last step.
+            Verdict::Same if self.cut => self.touch_again(&record)?,
             Verdict::Same => {}
             Verdict::Alias(to) => {
                 if let Op::Rename { from, fid, .. } = &record.op {
@@ -326,7 +329,7 @@ impl Volume {
     }
 
     /// New data of a file: beside it and by rename where it is all of a file that has some already;
-    /// in place otherwise.
+    /// in place otherwise, with a way back (swap.rs).
     fn store(
         &mut self,
         origin: Origin,
@@ -363,34 +366,30 @@ impl Volume {
             let (sec, nsec) = fs::fstat(&*dir)?.mtime;
             fs::rename(&self.spool, &spooled, &*dir, name.as_bytes(), fs::RenameMode::Replace)?;
             crash::point("store-renamed");
-            return Ok(self.tree.touch(&dir, Time { sec, nsec })?);
+            // The contents have left the spool, and could not be kept aside any more.
+            if let Err(e) = self.tree.touch(&dir, Time { sec, nsec }) {
+                log::warn!("{}: the time of the directory of {fid}: {e}", self.name);
+            }
+            return Ok(());
         }
-        let file = fs::open(&*dir, name.as_bytes(), fs::o::WRONLY | fs::o::NONBLOCK, 0)?;
+        let access = if content == Content::Spooled { fs::o::RDWR } else { fs::o::WRONLY };
+        let file = fs::open(&*dir, name.as_bytes(), access | fs::o::NONBLOCK, 0)?;
+        let finish = || -> Result<()> {
+            fs::truncate(&file, size).map_err(TreeError::from)?;
+            fs::utimes_fd(&file, times.0, times.1)?;
+            Ok(self.tree.set_meta_of(&file, &meta)?)
+        };
         match content {
             Content::Inline(bytes) => {
                 write_ranges(&file, ranges, bytes).map_err(TreeError::from)?;
+                finish()
             }
             Content::Spooled => {
                 let from = self.spool.get(origin.node, origin.seq).map_err(TreeError::from)?;
-                let carry = if self.has_room_for_both(ranges) { copy_ranges } else { move_ranges };
-                carry(&from, &file, ranges).map_err(TreeError::from)?;
+                swap::in_place(&from, &file, ranges, finish)
             }
-            Content::None | Content::Gone => {}
+            Content::None | Content::Gone => finish(),
         }
-        fs::truncate(&file, size).map_err(TreeError::from)?;
-        fs::utimes_fd(&file, times.0, times.1)?;
-        Ok(self.tree.set_meta_of(&file, &meta)?)
-    }
-    /// Whether the disk has room for these ranges twice, and for much more: reservations count them
-    /// once.
-    fn has_room_for_both(&self, ranges: &[Range]) -> bool {
-        const SPARE_LEN: u64 = 1 << 30;
-        let len = ranges.iter().fold(0, |sum: u64, range| sum.saturating_add(range.len));
-        let enough = |s: fs::Space| {
-            let left = u64::from(s.block_len).saturating_mul(s.blocks_available);
-            left > len.saturating_add(SPARE_LEN)
-        };
-        self.space().is_ok_and(enough)
     }
     /// Makes a new file look like the one that it replaces.
     fn dress(&self, file: &OwnedFd, dir: &Dir, name: &Name, stat: &fs::Stat) -> Result<()> {
@@ -456,23 +455,9 @@ pub(super) fn write_ranges(file: &OwnedFd, ranges: &[Range], mut bytes: &[u8]) -
 
 /// What lies beyond the source's end is left out: the file has become shorter since.
 pub(super) fn copy_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range]) -> fs::Result<()> {
-    carry_ranges(from, to, ranges, false)
-}
-
-/// The same for a source that is of no use afterwards. It gives its room back piece by piece, so
-/// that both together take no more than one of them: after a failure its bytes come again from the
-/// client.
-fn move_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range]) -> fs::Result<()> {
-    carry_ranges(from, to, ranges, true)
-}
-
-fn carry_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range], punch: bool) -> fs::Result<()> {
-    const PUNCH_HOLE_KEEP_SIZE: u32 = 0x02 | 0x01;
-    const BLOCK_LEN: u64 = 4096;
     let mut buf = vec![0; 1 << 20];
     for range in ranges {
         let mut into = 0;
-        let mut punched = range.at - range.at % BLOCK_LEN;
         while into < range.len {
             let want = (range.len - into).min(buf.len() as u64) as usize;
             let have = match fs::pread(from.as_fd(), &mut buf[..want], range.at + into) {
@@ -482,14 +467,6 @@ fn carry_ranges(from: &OwnedFd, to: &OwnedFd, ranges: &[Range], punch: bool) -> 
             };
             fs::pwrite_sparse(to, &buf[..have], range.at + into)?;
             into += have as u64;
-            let copied = (range.at + into) - (range.at + into) % BLOCK_LEN;
-            // a file system that cannot do that has no room to spare, and says so
-            if punch
-                && copied > punched
-                && fs::fallocate(from, PUNCH_HOLE_KEEP_SIZE, punched, copied - punched).is_ok()
-            {
-                punched = copied;
-            }
         }
     }
     Ok(())

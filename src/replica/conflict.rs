@@ -25,6 +25,7 @@ use super::apply::{Applied, Content};
 use super::certify::{Clash, View};
 use super::meta::Meta;
 use super::spool::Spool;
+use super::swap;
 use super::tree::{CONFLICTS_NAME, Dir, TreeError};
 use super::volume::{Result, Volume, VolumeError};
 use crate::kml::codec::{self, Outcome};
@@ -192,8 +193,9 @@ impl Volume {
                     .map_err(TreeError::from)?;
                 return Ok(());
             }
-            super::apply::copy_ranges(&file, &open(dir, b"data")?, ranges)
-                .map_err(TreeError::from)?;
+            let data = open(dir, b"data")?;
+            let finish = || Ok(fs::truncate(&data, size).map_err(TreeError::from)?);
+            return swap::in_place(&file, &data, ranges, finish);
         }
         let file = open(dir, b"data")?;
         if let Content::Inline(bytes) = content {
@@ -628,7 +630,7 @@ fn remove_all(dir: &Dir, name: &[u8]) -> Result<()> {
 }
 
 fn open(dir: &Dir, name: &[u8]) -> Result<OwnedFd> {
-    let flags = fs::o::CREAT | fs::o::WRONLY;
+    let flags = fs::o::CREAT | fs::o::RDWR;
     Ok(fs::open(dir, name, flags, 0o600).map_err(TreeError::from)?)
 }
 

@@ -20,6 +20,7 @@ use super::fsck::{House, Side};
 use super::lives::Lives;
 use super::meta::Meta;
 use super::nodes::Nodes;
+use super::room::{BookFile, FiguresFile};
 use super::state::{self, Facts};
 use super::tree::{CONFLICTS_NAME, TreeError};
 use crate::kml::codec::{Entry, Outcome};
@@ -329,10 +330,12 @@ pub fn house(house: &House) -> io::Result<Sheet> {
     match house.side {
         Side::Cache => {
             sheet.list("pending", pending.0, pending.1);
+            granted(&mut sheet, house);
             sheet.add("limbo", count(&house.state.join("limbo")));
         }
         Side::Served => {
             clients(&mut sheet, house);
+            grants(&mut sheet, house);
             let conflicts = house.tree.join(OsStr::from_bytes(CONFLICTS_NAME));
             sheet.add("conflicts", count(&conflicts));
         }
@@ -373,6 +376,35 @@ fn clients(sheet: &mut Sheet, house: &House) {
             sheet.add("clients_as_of", nodes.as_of().0);
         }
     }
+}
+
+/// What the server granted to this cache.
+fn granted(sheet: &mut Sheet, house: &House) {
+    match FiguresFile::of(&house.state).load() {
+        Err(e) => sheet.add("granted", format!("damaged: {e}; imz fsck says what to do")),
+        Ok(None) => sheet.add("granted", "nothing yet"),
+        Ok(Some(figures)) => {
+            let (bytes, files) = figures.outstanding();
+            sheet.add("granted_bytes", bytes);
+            sheet.add("granted_files", files);
+            sheet.add("granted_as_of", figures.upto);
+        }
+    }
+}
+
+/// What clients hold of the volume's room.
+fn grants(sheet: &mut Sheet, house: &House) {
+    let book = match BookFile::of(&house.state).load() {
+        Err(e) => return sheet.add("grants", format!("damaged: {e}; imz fsck says what to do")),
+        Ok(book) => book.unwrap_or_default(),
+    };
+    let line = |line: &super::room::Line| {
+        let (bytes, files) = line.outstanding();
+        let who = host(house, line.node).unwrap_or_default();
+        cut(format!("{} {who} up to {bytes} bytes, {files} files", line.node))
+    };
+    let lines = book.nodes.iter().rev().take(SHOWN_MAX).map(line).collect();
+    sheet.list("grants", book.nodes.len(), lines);
 }
 
 /// A journal's directory.

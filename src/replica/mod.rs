@@ -37,6 +37,7 @@ pub mod replay;
 pub mod resolve;
 pub mod settings;
 mod spool;
+mod swap;
 mod usage;
 pub mod volume;
 

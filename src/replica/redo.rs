@@ -24,10 +24,10 @@ use crate::kml::record::{Change, Fid, Op, Origin, Over, Place, ROOT, Record, Seq
 use crate::sys::{Errno, crash, cred, fs};
 
 impl Volume {
-    /// `clean`: the last life ended as it should. `cut`: it ended with the power.
-    pub(super) fn recover(&mut self, clean: bool, cut: bool) -> Result<()> {
+    /// `clean`: the last life ended as it should.
+    pub(super) fn recover(&mut self, clean: bool) -> Result<()> {
         let log = self.log.clone();
-        let (kept, last) = (Seq(log.cursor(CURSOR)), log.last());
+        let (kept, last, cut) = (Seq(log.cursor(CURSOR)), log.last(), self.cut);
         let (mut redone, mut half_written) = (0, Vec::new());
         if cut {
             let ticket = log.append(&Record::lost(clock_ns()))?;
@@ -157,13 +157,7 @@ impl Volume {
         };
         if !missing {
             // An older record that was done again may have set its directory's time since.
-            for place in record.op.places().into_iter().flatten() {
-                match self.dir(place.dir) {
-                    Ok(dir) => self.tree.touch(&dir, time_of_ns(record.time_ns))?,
-                    Err(VolumeError::Gone(_) | VolumeError::NotADir) => {}
-                    Err(e) => return Err(e),
-                }
-            }
+            self.touch_again(record)?;
             return Ok(true);
         }
         match self.perform(record, Content::None, stamp) {
@@ -175,6 +169,17 @@ impl Volume {
                 Ok(false)
             }
         }
+    }
+    /// Sets the times of a record's directories, where all else of it stands.
+    pub(super) fn touch_again(&mut self, record: &Record) -> Result<()> {
+        for place in record.op.places().into_iter().flatten() {
+            match self.dir(place.dir) {
+                Ok(dir) => self.tree.touch(&dir, time_of_ns(record.time_ns))?,
+                Err(VolumeError::Gone(_) | VolumeError::NotADir) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
     }
     /// Objects that carry no attribute have their fid in the index alone, whose newest entries died
     /// with the process. Record by record, the last word on each name is the journal's.

@@ -5,16 +5,19 @@
 //!   cache/.imz/room.json          what was granted to this cache, and what it gave back
 //! ```
 //!
-//! Each is small and replaced whole by a rename. The book is synced: a power cut forgets no grant.
+//! Each is small, has a checksum (state.rs), and is replaced whole by a rename. The book is synced: a power cut forgets no grant.
 //! The client's figures are not: after a power cut they may be old, and count for nothing until the
 //! server has spoken. A file that cannot be read counts as none, and says so. The figures mean
 //! something in lento (ledger.rs, grant.rs); here they are numbers.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::state::{seal, unseal};
 use crate::kml::store::replace;
 use crate::sys::boot;
 
@@ -44,6 +47,43 @@ pub struct Book {
     pub nodes: Vec<Line>,
 }
 
+impl Line {
+    /// What it holds.
+    pub fn outstanding(&self) -> Pair {
+        less(self.granted, self.returned)
+    }
+}
+
+impl Book {
+    /// What in it cannot be: first of all what more was given back than was granted.
+    pub fn oddity(&self) -> Option<String> {
+        let mut nodes = BTreeSet::new();
+        self.nodes.iter().find_map(|line| match line {
+            line if !nodes.insert(line.node) => {
+                Some(format!("client {} is there twice", line.node))
+            }
+            line if !covers(line.granted, line.returned) => {
+                Some(format!("client {} gave back more than it was granted", line.node))
+            }
+            _ => None,
+        })
+    }
+}
+
+impl Figures {
+    pub fn outstanding(&self) -> Pair {
+        less(self.granted, self.returned)
+    }
+}
+
+fn less(all: Pair, part: Pair) -> Pair {
+    (all.0.saturating_sub(part.0), all.1.saturating_sub(part.1))
+}
+
+fn covers(all: Pair, part: Pair) -> bool {
+    all.0 >= part.0 && all.1 >= part.1
+}
+
 /// A client's figures.
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Figures {
@@ -63,26 +103,28 @@ struct Written {
     figures: Figures,
 }
 
-/// Reads one of the files; `None` when there is none that can be used.
-fn read<T: for<'a> Deserialize<'a>>(path: &Path, version: impl Fn(&T) -> u32) -> Option<T> {
-    let load = || -> io::Result<T> {
-        if std::fs::metadata(path)?.len() > LEN_MAX {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
-        let read: T = serde_json::from_slice(&std::fs::read(path)?)?;
-        match version(&read) {
-            VERSION => Ok(read),
-            other => Err(io::Error::other(format!("version {other} is not known"))),
-        }
+/// Reads one of the files; `None`: there is none.
+fn load<T: DeserializeOwned>(path: &Path, version: impl Fn(&T) -> u32) -> io::Result<Option<T>> {
+    let len = match std::fs::metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        found => found?.len(),
     };
-    match load() {
-        Ok(read) => Some(read),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-        Err(e) => {
-            log::warn!("{}: {e}; what was reserved is not known any more", path.display());
-            None
-        }
+    if len > LEN_MAX {
+        return Err(io::ErrorKind::FileTooLarge.into());
     }
+    let read: T = unseal(&std::fs::read(path)?).map_err(io::Error::other)?;
+    match version(&read) {
+        VERSION => Ok(Some(read)),
+        other => Err(io::Error::other(format!("version {other} is not known"))),
+    }
+}
+
+/// What cannot be read counts as none.
+fn or_none<T>(path: &Path, loaded: io::Result<Option<T>>) -> Option<T> {
+    loaded.unwrap_or_else(|e| {
+        log::warn!("{}: {e}; what was reserved is not known any more", path.display());
+        None
+    })
 }
 
 /// Where a server's book is.
@@ -92,15 +134,32 @@ impl BookFile {
     pub fn of(state_dir: &Path) -> BookFile {
         BookFile(state_dir.join(BOOK))
     }
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
     pub fn read(&self) -> Option<Book> {
-        read(&self.0, |book: &Book| book.version)
+        or_none(&self.0, self.load())
+    }
+    /// # Errors
+    /// It is there, and no book; or read(2).
+    pub fn load(&self) -> io::Result<Option<Book>> {
+        load(&self.0, |book: &Book| book.version)
+    }
+    /// The volume is served no more: nothing is promised in it. There may be none.
+    pub fn drop_book(&self) {
+        match std::fs::remove_file(&self.0) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                log::warn!("{}: {e}; remove it by hand", self.0.display());
+            }
+            _ => {}
+        }
     }
     /// Durable on return: yes.
     ///
     /// # Errors
     /// As write(2) and rename(2); then the old one is still there.
     pub fn keep(&self, epoch_next: u64, nodes: Vec<Line>) -> io::Result<()> {
-        let bytes = serde_json::to_vec(&Book { version: VERSION, epoch_next, nodes })?;
+        let bytes = seal(&Book { version: VERSION, epoch_next, nodes })?;
         replace(&self.0, bytes.len() as u64, &bytes)
     }
 }
@@ -116,10 +175,21 @@ impl FiguresFile {
     pub fn of(own_dir: &Path) -> FiguresFile {
         FiguresFile(own_dir.join(FIGURES))
     }
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+    /// The figures as they stand there, of whatever life.
+    ///
+    /// # Errors
+    /// They are there, and no figures; or read(2).
+    pub fn load(&self) -> io::Result<Option<Figures>> {
+        Ok(load(&self.0, |it: &Written| it.version)?.map(|it| it.figures))
+    }
     /// Of this life of the machine; those of an earlier one may be too old, so that nothing of them
     /// is left to be used.
     pub fn read(&self) -> Option<Figures> {
-        let Written { boot_id: of, figures, .. } = read(&self.0, |it: &Written| it.version)?;
+        let loaded = load(&self.0, |it: &Written| it.version);
+        let Written { boot_id: of, figures, .. } = or_none(&self.0, loaded)?;
         if of == boot::id() || of == CLOSED {
             return Some(figures);
         }
@@ -133,7 +203,7 @@ impl FiguresFile {
     pub fn keep(&self, figures: &Figures) -> io::Result<()> {
         let all = Written { version: VERSION, boot_id: boot::id(), figures: *figures };
         let new = self.0.with_extension("new");
-        std::fs::write(&new, serde_json::to_vec(&all)?)?;
+        std::fs::write(&new, seal(&all)?)?;
         std::fs::rename(new, &self.0)
     }
     /// The last word of this life, good for every later one. Durable on return: yes.
@@ -143,7 +213,7 @@ impl FiguresFile {
     pub fn close(&self, figures: &Figures) -> io::Result<()> {
         let boot_id = CLOSED.to_owned();
         let all = Written { version: VERSION, boot_id, figures: *figures };
-        let bytes = serde_json::to_vec(&all)?;
+        let bytes = seal(&all)?;
         replace(&self.0, bytes.len() as u64, &bytes)
     }
 }
@@ -164,7 +234,16 @@ mod tests {
         for damage in ["", "{}", "{\"version\":2,\"epoch_next\":1,\"nodes\":[]}", "[1]"] {
             std::fs::write(dir.path().join(BOOK), damage).unwrap();
             assert_eq!(file.read(), None, "{damage:?}");
+            assert!(file.load().is_err(), "{damage:?}");
         }
+        let book = |nodes| Book { version: VERSION, epoch_next: 1, nodes };
+        assert_eq!(book(vec![line]).oddity(), None);
+        assert!(book(vec![line, line]).oddity().is_some_and(|what| what.contains("twice")));
+        let odd = Line { granted: (9, 9), returned: (9, 10), ..line };
+        assert!(book(vec![odd]).oddity().is_some_and(|what| what.contains("gave back more")));
+        file.drop_book();
+        file.drop_book();
+        assert!(matches!(file.load(), Ok(None)));
     }
 
     #[test]
@@ -176,9 +255,10 @@ mod tests {
         let read = file.read().unwrap();
         assert_eq!((read.epoch, read.granted, read.returned, read.upto), (4, (90, 9), (40, 4), 6));
         let text = std::fs::read_to_string(dir.path().join(FIGURES)).unwrap();
-        let old = text.replace(&boot::id(), "another");
-        assert_ne!(old, text);
-        std::fs::write(dir.path().join(FIGURES), old).unwrap();
+        std::fs::write(dir.path().join(FIGURES), text.replace("90", "91")).unwrap();
+        assert_eq!(file.read(), None, "its checksum is wrong");
+        let all = Written { version: VERSION, boot_id: "another".to_owned(), figures };
+        std::fs::write(dir.path().join(FIGURES), seal(&all).unwrap()).unwrap();
         assert_eq!(file.read().unwrap().granted, (40, 4));
         file.close(&figures).unwrap();
         assert_eq!(file.read().unwrap().granted, (90, 9));

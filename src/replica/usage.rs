@@ -54,6 +54,10 @@ impl Volume {
     pub fn keep_book(&self, epoch_next: u64, nodes: Vec<Line>) -> std::io::Result<()> {
         self.book.keep(epoch_next, nodes)
     }
+    /// It is served no more, and nobody holds anything of it.
+    pub fn drop_book(&self) {
+        self.book.drop_book();
+    }
 
     /// Bytes and files that the volume's files take; zero while nobody wants to know.
     pub fn usage(&self) -> Pair {
@@ -123,10 +127,10 @@ impl Volume {
 
 /// How long a segment of the journal is on a disk of this size, bytes: a small part of it.
 pub(super) fn segment_len(disk_len: u64) -> usize {
-    const SMALL: u64 = 1 << 20;
     let most = crate::kml::log::SEGMENT_LEN as u64;
-    let part = (disk_len / 128).clamp(SMALL, most);
-    (part - part % SMALL) as usize
+    let small = most.min(1 << 20); // tests may have shorter ones
+    let part = (disk_len / 128).clamp(small, most);
+    (part - part % small) as usize
 }
 
 /// How much history is kept on a disk of this size, bytes.

@@ -5,6 +5,7 @@
 //!   DIR/.imz/kml/               the volume's history: every change, with its origin
 //!   DIR/.imz/index.redb         fid -> names
 //!   DIR/.imz/nodes.json         the clients, and how far each one's journal is in the tree
+//!   DIR/.imz/grants.json        what the clients were granted (room.rs)
 //!   DIR/.imz/spool/             contents on their way in
 //!   DIR/.imz-conflicts/         versions that lost (conflict.rs)
 //! ```
@@ -165,6 +166,8 @@ pub struct Volume {
     /// what the files take, where somebody wants to know
     pub(super) usage: Option<Pair>,
     history_len_max: u64,
+    /// the life before ended with the power: the tree may show more than the journal tells
+    pub(super) cut: bool,
     /// directories whose entries were changed, by whom and at which stamp: set once a batch
     pub(super) touched: HashMap<Fid, (u32, Stamp)>,
     pub(super) kept: Kept,
@@ -276,12 +279,13 @@ impl Volume {
             disk: std::fs::metadata(dir).map_err(|_| Errno::IO)?.dev(),
             usage: None,
             history_len_max: usage::history_len(disk_len, HISTORY_LEN_MAX),
+            cut,
             touched: HashMap::new(),
             kept: Kept::default(),
             syncing: Vec::new(),
             names: None,
         };
-        volume.recover(facts.clean, cut)?;
+        volume.recover(facts.clean)?;
         volume.find_conflicts()?;
         volume.save_nodes()?;
         log::info!("{}: volume {name} at stamp {}", dir.display(), volume.stamp().0);

@@ -68,6 +68,7 @@ pub const POINTS: &[(&str, Side)] = &[
     ("spool-kept", Side::Server),
     ("store-dressed", Side::Server),
     ("store-renamed", Side::Server),
+    ("store-swapped", Side::Server),
     ("sync-journal", Side::Server),
     ("sync-tree", Side::Server),
     ("sync-cursor", Side::Server),

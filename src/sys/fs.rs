@@ -222,6 +222,12 @@ pub fn fstat(fd: impl AsFd) -> Result<Stat> {
     of_statx(fd.as_fd(), b"", AtFlags::EMPTY_PATH)
 }
 
+/// The inode number of what stands there, asked of the file system itself, not of the kernel's cache.
+pub fn look_again(path: &std::path::Path) -> Result<u64> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
+    Ok(rustix::fs::statx(rustix::fs::CWD, path, flags, StatxFlags::BASIC_STATS)?.stx_ino)
+}
+
 pub fn mkdir(dir: impl AsFd, name: &[u8], mode: u32) -> Result<()> {
     let mode = Mode::from_bits_retain(mode & 0o7777);
     insist(dir.as_fd(), b"", || rustix::fs::mkdirat(&dir, name, mode))
@@ -339,22 +345,53 @@ pub fn syncfs(fd: impl AsFd) -> Result<()> {
     rustix::fs::syncfs(fd)
 }
 
-/// Writes all of it, but zeros that fall into a hole: a sparse file stays sparse. What lies beyond
-/// the end of the file counts as a hole, and is not made longer for zeros.
+/// Writes all of it, but blocks of zeros that fall into a hole: a sparse file stays as sparse as it
+/// was. What lies beyond the end of the file counts as a hole, and is not made longer for zeros.
 pub fn pwrite_sparse(fd: impl AsFd, bytes: &[u8], at: u64) -> Result<()> {
-    const STEP: usize = 64 << 10;
     let fd = fd.as_fd();
-    for (i, step) in bytes.chunks(STEP).enumerate() {
-        let at = at + (i * STEP) as u64;
-        if step.iter().all(|byte| *byte == 0) {
+    for (at, run, is_zero) in runs(bytes, at) {
+        if is_zero {
             let data = seek_sparse(fd, at, false);
-            if data == Err(Errno::NXIO) || data.is_ok_and(|data| data >= at + step.len() as u64) {
+            if data == Err(Errno::NXIO) || data.is_ok_and(|data| data >= at + run.len() as u64) {
                 continue;
             }
         }
-        pwrite_all(fd, step, at)?;
+        pwrite_all(fd, run, at)?;
     }
     Ok(())
+}
+
+/// Writes all of it; blocks of zeros become a hole, whatever was there, where the file system can.
+pub fn pwrite_punching(fd: impl AsFd, bytes: &[u8], at: u64) -> Result<()> {
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let fd = fd.as_fd();
+    for (at, run, is_zero) in runs(bytes, at) {
+        if !is_zero || rustix::fs::fallocate(fd, mode, at, run.len() as u64).is_err() {
+            pwrite_all(fd, run, at)?;
+        }
+    }
+    Ok(())
+}
+
+/// Blocks of a file that are zeros, and those that are not, as many in a row as there are.
+fn runs(bytes: &[u8], at: u64) -> impl Iterator<Item = (u64, &[u8], bool)> {
+    const BLOCK_LEN: usize = 4096;
+    let is_zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let from = done;
+        let mut first = None;
+        while done < bytes.len() {
+            let into = ((at + done as u64) % BLOCK_LEN as u64) as usize;
+            let end = (done + BLOCK_LEN - into).min(bytes.len());
+            let zero = is_zero(&bytes[done..end]);
+            if *first.get_or_insert(zero) != zero {
+                break;
+            }
+            done = end;
+        }
+        Some((at + from as u64, &bytes[from..done], first?))
+    })
 }
 
 /// The next data or hole at or after `at`.

@@ -17,7 +17,6 @@ use imz::lento::room::Room as Figure;
 use imz::lento::server::Server as Machine;
 
 use crate::cache::Entry;
-use crate::client::Client;
 use crate::plan::{Plan, SECOND};
 use crate::volume::Volume;
 use crate::world::{Ctx, World};

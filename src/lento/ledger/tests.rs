@@ -50,6 +50,9 @@ fn volumes_share_the_room_of_their_disk_and_keep_to_their_quotas() {
     book.set_free(0, mib(85));
     assert_eq!([0, 1, 2].map(|no| book.available(no)), [mib(80), mib(0), mib(7)]);
     assert_eq!(book.holders(1).collect::<Vec<_>>(), [(1, 5)]);
+    book.remove_volume(1);
+    assert_eq!((book.available(0), book.outstanding(1)), (mib(85), Room::NONE));
+    assert_eq!((book.quota(1), book.save(1).nodes), (None, vec![]));
 }
 
 #[test]

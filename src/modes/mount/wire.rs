@@ -255,6 +255,7 @@ impl<F: Fn() + Send + Sync> Answer for Told<F> {
             space_granted_files: s.room.granted.files(),
             space_used_bytes: s.room.in_use.bytes(),
             space_used_files: s.room.in_use.files(),
+            space_unseen_max_bytes: self.filter.by_kernel.most(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             last_error: s.last_error,

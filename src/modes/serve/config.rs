@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 use toml_edit::{ArrayOfTables, Document, DocumentMut, Item, Table, TableLike, Value};
@@ -18,7 +19,7 @@ use crate::replica::settings::{Change, Limit, Quota, USERS_MAX};
 
 /// Longest file, bytes.
 const LEN_MAX: u64 = 1 << 20;
-const KEYS: [&str; 3] = ["listen", "state", "volume"];
+const KEYS: [&str; 4] = ["listen", "state", "keep_grant", "volume"];
 const VOLUME_KEYS: [&str; 7] =
     ["name", "dir", "state", "quota", "quota_files", "mode", "user_quota"];
 
@@ -27,6 +28,7 @@ const VOLUME_KEYS: [&str; 7] =
 pub struct Config {
     pub listen: Option<SocketAddr>,
     pub state: Option<PathBuf>,
+    pub keep_grant: Option<Duration>,
     pub volumes: Vec<VolumeConfig>,
 }
 
@@ -125,6 +127,9 @@ impl Reader<'_> {
             options::listen(text_of(item)?).map_err(|e| e.to_string())
         });
         let state = self.value(table, "state", path_of);
+        let keep_grant = self.value(table, "keep_grant", |item| {
+            options::duration(text_of(item)?).map_err(|e| e.to_string())
+        });
         let tables = self.value(table, "volume", |item| {
             item.as_array_of_tables().ok_or("each volume begins with [[volume]]".to_owned())
         });
@@ -142,7 +147,7 @@ impl Reader<'_> {
                 self.fault(volume.line, what);
             }
         }
-        Config { listen, state, volumes }
+        Config { listen, state, keep_grant, volumes }
     }
     fn volume(&mut self, table: &Table) -> VolumeConfig {
         let line = self.line(table.span());

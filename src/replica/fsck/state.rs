@@ -1,5 +1,5 @@
-//! What stands beside journal and tree: state.json, the table of clients, the table of writers, the
-//! conflict store, and what was left behind.
+//! What stands beside journal and tree: state.json, the tables of clients, of writers and of what
+//! was granted, the conflict store, and what was left behind.
 
 use std::fs;
 use std::path::Path;
@@ -9,17 +9,20 @@ use super::{Finding, Fix, Found, FsckError, House, Seen, Side, io};
 use crate::kml::codec::{WRITERS_HEADER, WRITERS_MAX, decode_wire};
 use crate::kml::record::{Op, Seq};
 use crate::replica::nodes::Nodes;
+use crate::replica::room::{BookFile, FiguresFile};
 use crate::replica::state::{self, Facts, RESERVE};
 use crate::replica::tree::CONFLICTS_NAME;
 
 /// Files that are written and then renamed: what a crash leaves of them.
-const TEMPORARY: [&str; 8] = [
+const TEMPORARY: [&str; 10] = [
     "kml/new",
     "kml/fsck.new",
     "kml/writers.new",
     "state.json.new",
     "nodes.json.new",
     "live.new",
+    "grants.new",
+    "room.new",
     "index.damaged",
     "index.redb.damaged",
 ];
@@ -86,9 +89,13 @@ pub(super) fn look(
         );
     }
     match house.side {
-        Side::Cache => writers(house, facts, found),
+        Side::Cache => {
+            writers(house, facts, found);
+            figures(house, found);
+        }
         Side::Served => {
             nodes(house, journal, seen, found);
+            book(house, found);
             spool(house, found)?;
             conflicts(house, facts, found)?;
         }
@@ -162,6 +169,44 @@ fn nodes(house: &House, journal: &Journal, seen: &Seen, found: &mut Found) {
     for node in nodes.all().iter().filter(|node| node.last > node.seen.max(node.last)) {
         let what = format!("client {} ({}) is said to be ahead of itself", node.number, node.host);
         found.add(Finding::warning("nodes-odd", &path, what));
+    }
+}
+
+/// What clients were granted.
+fn book(house: &House, found: &mut Found) {
+    let file = BookFile::of(&house.state);
+    let set_aside = || Fix::SetAside { path: file.path().to_owned(), relist: None };
+    match file.load() {
+        Ok(book) => {
+            if let Some(what) = book.and_then(|book| book.oddity()) {
+                found.add(Finding::warning("grants-odd", file.path(), what).advise(
+                    "nothing is granted twice for that; move it away while nothing pends at any \
+                     client, and all begin anew",
+                ));
+            }
+        }
+        Err(e) => {
+            let what = format!("what clients were granted is not known: {e}");
+            found.add(Finding::error("grants-damaged", file.path(), what).mend(
+                set_aside(),
+                "move it to lost+found: the next start begins a new book, and clients ask for what \
+                 they need when they come; until then others may take the room that a client which \
+                 is away counts on",
+            ));
+        }
+    }
+}
+
+/// What this cache was granted.
+fn figures(house: &House, found: &mut Found) {
+    let file = FiguresFile::of(&house.state);
+    if let Err(e) = file.load() {
+        let what = format!("what the server granted is not known: {e}");
+        found.add(Finding::warning("room-damaged", file.path(), what).mend(
+            Fix::SetAside { path: file.path().to_owned(), relist: None },
+            "move it to lost+found: the next mount asks the server, and writes nothing new before \
+             it is there",
+        ));
     }
 }
 

@@ -3,6 +3,7 @@ use super::*;
 const WHOLE: &str = r#"# our server
 listen = "127.0.0.1:7071" # not the usual port
 state = "/var/lib/imz"
+keep_grant = "2d" # the cameras are on the road
 
 # what the cameras make
 [[volume]]
@@ -31,6 +32,7 @@ fn a_whole_file_is_read() {
     let config = parse(WHOLE).unwrap();
     assert_eq!(config.listen, Some("127.0.0.1:7071".parse().unwrap()));
     assert_eq!(config.state, Some("/var/lib/imz".into()));
+    assert_eq!(config.keep_grant, Some(Duration::from_secs(2 * 24 * 3600)));
     let photos = VolumeConfig {
         name: "photos".into(),
         dir: "/srv/photos".into(),
@@ -38,20 +40,20 @@ fn a_whole_file_is_read() {
         quota: Quota { bytes: Some(200 << 30), files: Some(1_000_000) },
         read_only: false,
         users: [(1000, 20 << 30)].into(),
-        line: 6,
+        line: 7,
     };
     let doc = VolumeConfig {
         name: "doc".into(),
         dir: "/srv/doc".into(),
         state: Some("/fast/doc".into()),
         read_only: true,
-        line: 16,
+        line: 17,
         ..VolumeConfig::default()
     };
     assert_eq!(config.volumes, [photos, doc]);
     assert_eq!(parse("").unwrap(), Config::default());
     assert_eq!(check_dirs(&parse("[[volume]]\nname='x'\ndir='/'").unwrap()), []);
-    assert_eq!(check_dirs(&config)[0].line, 6);
+    assert_eq!(check_dirs(&config)[0].line, 7);
 }
 
 #[test]
@@ -81,7 +83,7 @@ user_quota = 5
 "#;
     let want = [
         (1, "keys yet"),
-        (2, "unknown key port; known here: listen, state, volume"),
+        (2, "unknown key port; known here: listen, state, keep_grant, volume"),
         (4, "no slash"),
         (5, "whole path"),
         (6, "quota: a size is written"),
@@ -104,6 +106,7 @@ user_quota = 5
             "{line}: {what}, not {want_line} {part}"
         );
     }
+    assert!(faults("\nkeep_grant = \"long\"")[0].1.contains("keep_grant: "));
     for (text, line) in [("a = 1\nb = = 2\n", 2), ("[[volume]\n", 1), ("a = 1\na = 2\n", 2)] {
         let found = faults(text);
         assert_eq!((found.len(), found[0].0), (1, line), "{text}: {found:?}");

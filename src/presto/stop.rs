@@ -1,0 +1,290 @@
+//! Writers whose data the kernel moves by itself: how they are counted, and stopped in time.
+//!
+//! ```text
+//!   written   between two looks from the reserve; a look charges it, and fills the reserve again
+//!   guarded   less than half of the reserve is left: the kernel is to ask before each write
+//!   asking    the kernel asks before the next write to this file: nothing is written unseen
+//! ```
+//!
+//! There is no request that stops such a writer. But before a write the kernel takes away what a
+//! change of the data ends, and asks for the attribute `security.capability` unless it knows that
+//! there is none; it forgets that whenever it hears the file's attributes anew. So we look at the
+//! file by its path in the mount (by force, past the kernel's cache), and say yes when it asks; then
+//! it has the attribute removed, and there the write waits for room, or ends with ENOSPC. Once it is
+//! let go, it asks no more, until the next look. Of no use for mappings, and within one call of
+//! write(2): that much the reserve must cover, and imz-space(7) says so.
+//!
+//! Writers that rest are made to ask as well. Then they need no reserve, and others can have it.
+//! Source: file_remove_privs() in Linux (fs/inode.c), and S_NOSEC in fs/fuse.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use super::filter::{Filter, Result, Want};
+use super::open::{Open, held};
+use super::room::{data_len, of_whole};
+use crate::kml::record::Fid;
+use crate::lento::grant::{Charge, Regime};
+use crate::lento::policy;
+use crate::lento::room::Room;
+use crate::sys::fs;
+
+/// What the kernel may write before it is looked at again, at least.
+const RESERVE_MIN: u64 = policy::AMPLE_LEN;
+/// On a machine that writes faster: so many times what was ever seen between two looks.
+const RESERVE_FACTOR: u64 = 4;
+const RESERVE_MAX: u64 = 8 * policy::AMPLE_LEN;
+/// A write that was stopped goes on with so much in reserve: what may be written unseen until the
+/// kernel is made to ask again.
+const GO_ON: Room = Room::new(policy::AMPLE_LEN / 4, 0);
+/// Who has written nothing for so long rests.
+const REST: Duration = Duration::from_secs(1);
+/// An answer to the kernel that the attribute is there: its length.
+pub const CAPABILITY_LEN: u32 = 20;
+
+/// Files that the kernel writes to by itself.
+#[derive(Default)]
+pub struct ByKernel {
+    state: Mutex<Kernel>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Kernel {
+    /// handles
+    writers: u32,
+    reserve: Option<Charge>,
+    /// the reserve is short
+    guarded: bool,
+    /// when anything was written last; `None`: nobody can, without asking
+    wrote_at: Option<Instant>,
+    /// most that was written between two looks, bytes
+    most: u64,
+}
+
+impl Kernel {
+    fn reserve_len(&self) -> u64 {
+        (self.most * RESERVE_FACTOR).clamp(RESERVE_MIN, RESERVE_MAX)
+    }
+    fn wants(&self) -> Room {
+        let held = self.reserve.as_ref().map_or(Room::NONE, Charge::room);
+        Room::new(self.reserve_len(), 0).less(held)
+    }
+    fn has_half(&self) -> bool {
+        let held = self.reserve.as_ref().map_or(0, |reserve| reserve.room().bytes());
+        held >= self.reserve_len() / 2
+    }
+}
+
+impl ByKernel {
+    /// Waits until the kernel may write to something unseen; false: it still may not.
+    pub fn wait(&self, patience: Duration) -> bool {
+        let none = |kernel: &mut Kernel| kernel.wrote_at.is_none();
+        let waited = self.changed.wait_timeout_while(held(&self.state), patience, none);
+        waited.unwrap_or_else(|e| e.into_inner()).0.wrote_at.is_some()
+    }
+    /// Waits until the kernel is to be made to ask; false: it still is not.
+    pub fn wait_guarded(&self, patience: Duration) -> bool {
+        let calm = |kernel: &Kernel| {
+            let rests = |at: Instant| at.elapsed() >= REST;
+            !kernel.wrote_at.is_some_and(|at| kernel.guarded || rests(at))
+        };
+        let waited = self.changed.wait_timeout_while(held(&self.state), patience, |it| calm(it));
+        !calm(&waited.unwrap_or_else(|e| e.into_inner()).0)
+    }
+    pub fn is_guarded(&self) -> bool {
+        held(&self.state).guarded
+    }
+    /// Most that was written between two looks, bytes.
+    pub fn most(&self) -> u64 {
+        held(&self.state).most
+    }
+    pub(super) fn has_reserve(&self) -> bool {
+        held(&self.state).reserve.is_some()
+    }
+    /// What is to be kept for what is written unseen.
+    pub(super) fn reserve(&self) -> Room {
+        Room::new(held(&self.state).reserve_len(), 0)
+    }
+    fn wake(&self, kernel: &mut Kernel) {
+        kernel.wrote_at = Some(Instant::now());
+        self.changed.notify_all();
+    }
+}
+
+impl Filter {
+    /// Whether a writer's data may go past the daemon: there is room for all of the file, and for
+    /// what may be written until the next look. If so, the kernel counts as one more writer.
+    pub fn kernel_may_write(&self, open: &Open) -> bool {
+        let mut kernel = held(&self.by_kernel.state);
+        match self.room.figures().regime {
+            Regime::Off => {}
+            Regime::Exact if kernel.reserve.is_none() => return false,
+            Regime::Ample | Regime::Exact => {
+                if !self.cover_whole(open) {
+                    return false;
+                }
+                if kernel.reserve.is_none() {
+                    kernel.reserve = self.room.charge(kernel.wants());
+                }
+                if kernel.reserve.is_none() {
+                    return false;
+                }
+            }
+        }
+        kernel.writers += 1;
+        open.state().asks = false;
+        if !self.room.is_off() {
+            self.by_kernel.wake(&mut kernel);
+        }
+        true
+    }
+    /// Such a writer has closed.
+    pub fn kernel_wrote(&self) {
+        let mut kernel = held(&self.by_kernel.state);
+        kernel.writers = kernel.writers.saturating_sub(1);
+        if kernel.writers == 0 {
+            let most = kernel.most;
+            *kernel = Kernel { most, ..Kernel::default() };
+        }
+    }
+
+    /// Counts what the kernel wrote by itself since the last look, and asks ahead. What the grant
+    /// does not cover comes from the reserve.
+    pub fn look_at_kernel(&self) {
+        if self.room.is_off() {
+            return;
+        }
+        let mut written = 0;
+        for open in self.files.written().into_iter().filter(|open| open.state().by_kernel()) {
+            written += self.look_at_one(&open);
+        }
+        let mut kernel = held(&self.by_kernel.state);
+        if kernel.writers == 0 {
+            return;
+        }
+        kernel.most = kernel.most.max(written);
+        if written > 0 {
+            self.by_kernel.wake(&mut kernel);
+        }
+        self.fill_reserve(&mut kernel);
+    }
+    /// Charges what is in the file by now; how much more it is, bytes.
+    fn look_at_one(&self, open: &Open) -> u64 {
+        let Ok(stat) = fs::fstat(&open.fd) else { return 0 };
+        let need = of_whole(data_len(&open.fd, &stat));
+        let mut kernel = held(&self.by_kernel.state);
+        let mut state = open.state();
+        let lacks = need.less(state.charge_room());
+        // after a store all of it is charged anew, which was not written just now
+        let written = if state.charge.is_some() { lacks.bytes() } else { 0 };
+        if lacks.is_none() {
+            return 0;
+        }
+        let charge = self.room.charge(lacks).unwrap_or_else(|| {
+            let part = kernel.reserve.as_mut().map(|reserve| reserve.take(lacks));
+            let mut charge = part.unwrap_or_else(|| self.room.charge_done(Room::NONE));
+            let rest = lacks.less(charge.room());
+            if !rest.is_none() {
+                charge.join(self.room.charge_done(rest));
+            }
+            charge
+        });
+        state.keep_charge(charge);
+        written
+    }
+    /// The reserve is full again, and as much is free: else more is asked for.
+    fn fill_reserve(&self, kernel: &mut Kernel) {
+        if kernel.wrote_at.is_none() {
+            return; // nobody writes without asking
+        }
+        let wants = kernel.wants();
+        let lacks = match self.room.charge(wants) {
+            Some(charge) => {
+                match &mut kernel.reserve {
+                    Some(reserve) => reserve.join(charge),
+                    none => *none = Some(charge),
+                }
+                !self.room.covers(Room::new(kernel.reserve_len(), 0))
+            }
+            None => true,
+        };
+        kernel.guarded = !kernel.has_half();
+        if kernel.guarded {
+            self.by_kernel.changed.notify_all();
+        }
+        if lacks && self.cache.is_online() {
+            let more = Room::new(kernel.reserve_len(), 0);
+            self.lento.want(Want::Room(more), Box::new(|_| ()));
+        }
+    }
+
+    /// Makes the kernel ask before it writes to what it writes by itself; `mount`: where it is
+    /// mounted. May wait as long as a look at a file there may.
+    pub fn make_kernel_ask(&self, mount: &Path) {
+        let writers = || {
+            let all = self.files.written().into_iter();
+            all.filter(|open| open.state().by_kernel())
+        };
+        let (guarded, rests) = {
+            let kernel = held(&self.by_kernel.state);
+            let rests = kernel.wrote_at.is_some_and(|at| at.elapsed() >= REST);
+            (kernel.guarded, rests)
+        };
+        for open in writers().filter(|open| guarded || !open.state().asks) {
+            let path = self.cache.tree.path_by_fid(open.fid);
+            // what has lost its name is not shipped any more
+            let before = fs::fstat(&open.fd).map(|stat| (stat.size, stat.blocks, stat.mtime));
+            let path = mount.join(std::ffi::OsStr::from_bytes(&path));
+            let seen = fs::look_again(&path).is_ok_and(|ino| ino == open.fid.0);
+            let after = fs::fstat(&open.fd).map(|stat| (stat.size, stat.blocks, stat.mtime));
+            // A hole may be filled by a mapping. A write that was let go long ago is over.
+            let whole = after.is_ok_and(|(size, blocks, _)| blocks.saturating_mul(512) >= size);
+            open.state().asks = seen && whole && rests && before == after;
+        }
+        self.look_at_kernel();
+        let all_ask = writers().all(|open| open.state().asks);
+        let mut kernel = held(&self.by_kernel.state);
+        // whoever was let go meanwhile has set the clock anew
+        let rests = kernel.wrote_at.is_some_and(|at| at.elapsed() >= REST);
+        if rests && all_ask {
+            (kernel.reserve, kernel.wrote_at, kernel.guarded) = (None, None, false);
+        }
+    }
+
+    pub fn is_by_kernel(&self, fid: Fid) -> bool {
+        self.files.get(fid).is_some_and(|open| open.state().by_kernel())
+    }
+    /// Whether the kernel is told that the file has a capability, so that it asks to remove it.
+    pub fn stops_kernel(&self, fid: Fid) -> bool {
+        let kernel = held(&self.by_kernel.state);
+        let stops = kernel.guarded || kernel.wrote_at.is_none();
+        drop(kernel);
+        stops && !self.room.is_off() && self.is_by_kernel(fid)
+    }
+    /// The kernel is about to write to a file, and asks: it may when there is room.
+    pub fn let_kernel_write(&self, fid: Fid) -> Result<()> {
+        let Some(open) = self.files.get(fid).filter(|open| open.state().by_kernel()) else {
+            return Ok(());
+        };
+        if self.room.is_off() {
+            return Ok(());
+        }
+        self.look_at_kernel();
+        let lacks = {
+            let kernel = held(&self.by_kernel.state);
+            GO_ON.less(kernel.reserve.as_ref().map_or(Room::NONE, Charge::room))
+        };
+        let more = self.charged(lacks)?;
+        let mut kernel = held(&self.by_kernel.state);
+        match &mut kernel.reserve {
+            Some(reserve) => reserve.join(more),
+            none => *none = Some(more),
+        }
+        open.state().asks = false;
+        self.by_kernel.wake(&mut kernel);
+        Ok(())
+    }
+}
