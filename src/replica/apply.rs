@@ -157,7 +157,9 @@ impl Volume {
         if self.nodes.has_aliases(node) {
             map_fids(&mut record.op, |fid| self.nodes.alias(node, fid));
             if record.op != change.record.op {
+                // nor does the author have in its own objects what others gave to these
                 out.also.extend(record.op.touched());
+                out.conflicts.extend(record.op.touched());
             }
         }
         if seq <= self.nodes.seen(node) && !self.comes_again(&record.op)? {

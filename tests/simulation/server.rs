@@ -228,9 +228,6 @@ impl Server {
                     for why in violations {
                         ctx.fail(why);
                     }
-                    if let Some(why) = self.disk.check(&self.volume) {
-                        ctx.fail(why);
-                    }
                     if !applied.also.is_empty() {
                         // aliases must outlive what is acknowledged under them
                         self.durable = self.volume.clone();

@@ -47,8 +47,8 @@ pub struct Room {
     writers: BTreeMap<Fid, Charge>,
     /// of the next file that is made
     new: Option<Charge>,
-    /// the machine has lost power: what is stored anew then was perhaps not granted
-    cut: bool,
+    /// something was stored without a charge, as a new life does with what was open in the last one
+    forced: bool,
     /// what records took beyond what was granted: so far, and of those not acknowledged
     unpaid: (Figure, Figure),
 }
@@ -82,6 +82,7 @@ impl Room {
     /// What was written is stored, in any case.
     pub fn charge_store(&mut self, fid: Fid) {
         let held = self.writers.remove(&fid);
+        self.forced |= held.is_none();
         let done = || self.grant.as_ref().map(|grant| grant.charge_done(of_store()));
         self.next = held.or_else(done);
     }
@@ -104,7 +105,6 @@ impl Room {
         (self.next, self.new) = (None, None);
         self.writers.clear();
         if power {
-            self.cut = true;
             // the figures of another life of the machine may be old
             self.kept.granted = self.kept.returned;
         }
@@ -133,7 +133,7 @@ impl Room {
     }
     /// `over`: what records that are not acknowledged take beyond what is held.
     fn note_unpaid(&mut self, over: Figure) {
-        if self.cut {
+        if self.forced {
             let (all, before) = self.unpaid;
             self.unpaid = (all.plus(over.less(before)), over);
         }
@@ -184,17 +184,12 @@ impl Disk {
         let disk = if self.quota { disk.plus(disk) } else { disk };
         (disk.less(used), used)
     }
-    pub fn check(&self, volume: &Volume) -> Option<String> {
-        let (capacity, used) = (self.capacity?, self.used(volume));
-        let over = !capacity.covers(used);
-        over.then(|| format!("{MARK}a record finds none: {used:?} of {capacity:?} are used"))
-    }
 }
 
 impl World {
     /// What clients hold is beside what is used, but for the charges of records that have arrived
-    /// and are not acknowledged: these count twice. What a client has to store anew after a loss of
-    /// power it stores, granted or not.
+    /// and are not acknowledged: these count twice. What a client's new life has to store anew it
+    /// stores, granted or not.
     pub fn check_room(&mut self) {
         let (disk, volume) = (&self.server.disk, &self.server.volume);
         let Some(mut capacity) = disk.capacity else { return };

@@ -327,6 +327,7 @@ impl Volume {
         map_fids(&mut record.op, |fid| aliases.get(&fid).copied().unwrap_or(fid));
         if record.op != change.record.op {
             out.also.extend(record.op.touched());
+            out.conflicts.extend(record.op.touched());
         }
         if seq <= state.seen && !matches!(record.op, Op::Store { .. }) {
             self.outcomes.entry((node, seq)).or_insert(Outcome::NotNeeded);
