@@ -4,6 +4,12 @@
 //! ```text
 //!   fsck    the kinds of its warnings and errors ("clean": none)
 //!   dump    imz kml dump: "ok", or "exit N" after what could be read
+//!   replay  imz replay of the journal, onto the served tree as it was before the changes (of a server's
+//!           journal: onto an empty directory), with contents from what is damaged here: "all": the
+//!           tree is what was acknowledged; "exit 6, part": the journal stops before its end, replay
+//!           names the record there, and the tree is what it was, with what the records before say;
+//!           "exit 1, ...": it named what it left out. A file, or a target, that no record says is no
+//!           outcome
 //!   mount   "same": it came up, and names, contents and count of pending changes are what was
 //!           acknowledged; "exit N": it refused, in words; "errors N": it came up, and whoever
 //!           looks at these N objects gets an error; all else is as it was. Anything else is a wrong
@@ -14,7 +20,7 @@
 //! Of a served directory, opening the volume and reading all of it, as `imz serve` does for a client,
 //! stands in the place of mount: "refused" is exit code 6.
 //!
-//! The cache has 46,000 changes that its server lacks (so that its journal has two segments). It is
+//! The cache has 5,000 changes that its server lacks (so that its journal has two segments). It is
 //! mounted while the server is away: all that a mount shows is from the cache. `IMZ_SHOW=1` prints
 //! the table as it comes out, instead of failing.
 
@@ -24,7 +30,7 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
@@ -52,107 +58,107 @@ const OWN_KEY: &str = "trusted.imz";
 const SERVED_PLACES: [&str; 9] =
     ["header", "body", "tail", "index", "xattr", "cursors", "state", "nodes", "grants"];
 
-/// `place action | fsck | dump | mount | repair`
+/// `place action | fsck | dump | replay | mount | repair`
 const CACHE: &str = "
-header flip | records-lost | exit 6 | exit 6 | 1, same
-header truncate | records-lost,segment-length | exit 6 | exit 6 | 1, same
-header zero | records-lost | exit 6 | exit 6 | 1, same
-header duplicate | records-lost | exit 6 | exit 6 | 1, same
-header swap | records-lost | exit 6 | exit 6 | 1, same
-body flip | records-lost | exit 6 | exit 6 | 1, same
-body truncate | records-lost,segment-length | exit 6 | exit 6 | 1, same
-body zero | records-lost | exit 6 | exit 6 | 1, same
-body duplicate | records-lost | exit 6 | exit 6 | 1, same
-body swap | records-lost | exit 6 | exit 6 | 1, same
-tail flip | may-differ,records-lost | exit 6 | exit 6 | 1, same
-tail truncate | may-differ,records-lost,segment-length | exit 6 | exit 6 | 1, same
-tail zero | may-differ,records-lost | exit 6 | exit 6 | 1, same
-tail duplicate | clean | ok | same | 0, same
-tail swap | may-differ,records-lost | exit 6 | exit 6 | 1, same
-boundary flip | segment-header | exit 6 | exit 6 | 1, same
-boundary truncate | may-differ,records-lost,segment-header | exit 6 | exit 6 | 1, same
-boundary zero | segment-header | exit 6 | exit 6 | 1, same
-boundary duplicate | may-differ,records-lost,segment-name,segment-stray | exit 6 | exit 6 | 1, same
-boundary swap | segment-name | exit 6 | exit 6 | 1, same
-index flip | index-damaged | ok | same | 1, same
-index truncate | index-damaged | ok | same | 1, same
-index zero | index-damaged | ok | same | 1, same
-index duplicate | index-damaged | ok | same | 1, same
-index swap | index-damaged | ok | same | 1, same
-xattr flip | attribute-damaged | ok | errors 1 | 1, errors 1
-xattr truncate | attribute-damaged | ok | errors 1 | 1, errors 1
-xattr zero | attribute-damaged | ok | errors 1 | 1, errors 1
-xattr duplicate | attribute-damaged | ok | errors 1 | 1, errors 1
-xattr swap | index-lacks,name-differs | ok | same | 4 name-differs, same
-cursors flip | cursors-damaged | ok | exit 6 | 1, same
-cursors truncate | cursors-damaged | ok | exit 6 | 1, same
-cursors zero | cursors-damaged | ok | exit 6 | 1, same
-cursors duplicate | clean | ok | same | 0, same
-cursors swap | clean | ok | same | 0, same
-state flip | state-damaged | ok | exit 6 | 1, same
-state truncate | state-damaged | ok | exit 6 | 1, same
-state zero | state-damaged | ok | exit 6 | 1, same
-state duplicate | state-damaged | ok | exit 6 | 1, same
-state swap | state-damaged | ok | exit 6 | 1, same
-writers flip | writers-damaged | ok | exit 6 | 1, same
-writers truncate | writers-damaged | ok | exit 6 | 1, same
-writers zero | writers-damaged | ok | exit 6 | 1, same
-writers duplicate | writers-damaged | ok | exit 6 | 1, same
-writers swap | writers-damaged | ok | exit 6 | 1, same
-room flip | room-damaged | ok | same | 1, same
-room truncate | room-damaged | ok | same | 1, same
-room zero | room-damaged | ok | same | 1, same
-room duplicate | room-damaged | ok | same | 1, same
-room swap | room-damaged | ok | same | 1, same
+header flip | records-lost | exit 6 | exit 6, part | exit 6 | 1, same
+header truncate | records-lost,segment-length | exit 6 | exit 6, part | exit 6 | 1, same
+header zero | records-lost | exit 6 | exit 6, part | exit 6 | 1, same
+header duplicate | records-lost | exit 6 | exit 6, part | exit 6 | 1, same
+header swap | records-lost | exit 6 | exit 6, part | exit 6 | 1, same
+body flip | records-lost | exit 6 | exit 6, part | exit 6 | 1, same
+body truncate | records-lost,segment-length | exit 6 | exit 6, part | exit 6 | 1, same
+body zero | records-lost | exit 6 | exit 6, part | exit 6 | 1, same
+body duplicate | records-lost | exit 6 | exit 6, part | exit 6 | 1, same
+body swap | records-lost | exit 6 | exit 6, part | exit 6 | 1, same
+tail flip | may-differ,records-lost | exit 6 | exit 6, part | exit 6 | 1, same
+tail truncate | may-differ,records-lost,segment-length | exit 6 | exit 6, part | exit 6 | 1, same
+tail zero | may-differ,records-lost | exit 6 | exit 6, part | exit 6 | 1, same
+tail duplicate | clean | ok | all | same | 0, same
+tail swap | may-differ,records-lost | exit 6 | exit 6, part | exit 6 | 1, same
+boundary flip | segment-header | exit 6 | exit 6, part | exit 6 | 1, same
+boundary truncate | may-differ,records-lost,segment-header | exit 6 | exit 6, part | exit 6 | 1, same
+boundary zero | segment-header | exit 6 | exit 6, part | exit 6 | 1, same
+boundary duplicate | may-differ,records-lost,segment-name,segment-stray | exit 6 | exit 6, part | exit 6 | 1, same
+boundary swap | segment-name | exit 6 | exit 6, part | exit 6 | 1, same
+index flip | index-damaged | ok | all | same | 1, same
+index truncate | index-damaged | ok | all | same | 1, same
+index zero | index-damaged | ok | all | same | 1, same
+index duplicate | index-damaged | ok | all | same | 1, same
+index swap | index-damaged | ok | all | same | 1, same
+xattr flip | attribute-damaged | ok | all | errors 1 | 1, errors 1
+xattr truncate | attribute-damaged | ok | all | errors 1 | 1, errors 1
+xattr zero | attribute-damaged | ok | all | errors 1 | 1, errors 1
+xattr duplicate | attribute-damaged | ok | exit 1, all | errors 1 | 1, errors 1
+xattr swap | index-lacks,name-differs | ok | exit 1, all | same | 4 name-differs, same
+cursors flip | cursors-damaged | ok | all | exit 6 | 1, same
+cursors truncate | cursors-damaged | ok | all | exit 6 | 1, same
+cursors zero | cursors-damaged | ok | all | exit 6 | 1, same
+cursors duplicate | clean | ok | all | same | 0, same
+cursors swap | clean | ok | all | same | 0, same
+state flip | state-damaged | ok | all | exit 6 | 1, same
+state truncate | state-damaged | ok | all | exit 6 | 1, same
+state zero | state-damaged | ok | all | exit 6 | 1, same
+state duplicate | state-damaged | ok | all | exit 6 | 1, same
+state swap | state-damaged | ok | all | exit 6 | 1, same
+writers flip | writers-damaged | ok | all | exit 6 | 1, same
+writers truncate | writers-damaged | ok | all | exit 6 | 1, same
+writers zero | writers-damaged | ok | all | exit 6 | 1, same
+writers duplicate | writers-damaged | ok | all | exit 6 | 1, same
+writers swap | writers-damaged | ok | all | exit 6 | 1, same
+room flip | room-damaged | ok | all | same | 1, same
+room truncate | room-damaged | ok | all | same | 1, same
+room zero | room-damaged | ok | all | same | 1, same
+room duplicate | room-damaged | ok | all | same | 1, same
+room swap | room-damaged | ok | all | same | 1, same
 ";
 
 /// The same of a served directory, with `serve` for mount.
 const SERVED: &str = "
-header flip | records-lost | exit 6 | refused | 1, same
-header truncate | nodes-ahead,records-lost,segment-length | exit 6 | refused | 1, same
-header zero | records-lost | exit 6 | refused | 1, same
-header duplicate | records-lost | exit 6 | refused | 1, same
-header swap | records-lost | exit 6 | refused | 1, same
-body flip | records-lost | exit 6 | refused | 1, same
-body truncate | nodes-ahead,records-lost,segment-length | exit 6 | refused | 1, same
-body zero | records-lost | exit 6 | refused | 1, same
-body duplicate | records-lost | exit 6 | refused | 1, same
-body swap | records-lost | exit 6 | refused | 1, same
-tail flip | nodes-ahead,records-lost | exit 6 | refused | 1, same
-tail truncate | nodes-ahead,records-lost,segment-length | exit 6 | refused | 1, same
-tail zero | nodes-ahead,records-lost | exit 6 | refused | 1, same
-tail duplicate | clean | ok | same | 0, same
-tail swap | nodes-ahead,records-lost | exit 6 | refused | 1, same
-index flip | index-damaged | ok | same | 1, same
-index truncate | index-damaged | ok | same | 1, same
-index zero | index-damaged | ok | same | 1, same
-index duplicate | index-damaged | ok | same | 1, same
-index swap | index-damaged | ok | same | 1, same
-xattr flip | attribute-damaged | ok | same | 1, same
-xattr truncate | attribute-damaged | ok | same | 1, same
-xattr zero | attribute-damaged | ok | same | 1, same
-xattr duplicate | fid-twice | ok | same | 1, same
-xattr swap | index-lacks | ok | same | 1, same
-cursors flip | cursors-damaged | ok | refused | 1, same
-cursors truncate | cursors-damaged | ok | refused | 1, same
-cursors zero | cursors-damaged | ok | refused | 1, same
-cursors duplicate | clean | ok | same | 0, same
-cursors swap | clean | ok | same | 0, same
-state flip | state-damaged | ok | refused | 1, same
-state truncate | state-damaged | ok | refused | 1, same
-state zero | state-damaged | ok | refused | 1, same
-state duplicate | state-damaged | ok | refused | 1, same
-state swap | state-damaged | ok | refused | 1, same
-nodes flip | nodes-damaged | ok | refused | 1, same
-nodes truncate | nodes-damaged | ok | refused | 1, same
-nodes zero | nodes-damaged | ok | refused | 1, same
-nodes duplicate | nodes-damaged | ok | refused | 1, same
-nodes swap | nodes-damaged | ok | refused | 1, same
-grants flip | grants-damaged | ok | same | 1, same
-grants truncate | grants-damaged | ok | same | 1, same
-grants zero | grants-damaged | ok | same | 1, same
-grants duplicate | grants-damaged | ok | same | 1, same
-grants swap | grants-damaged | ok | same | 1, same
+header flip | records-lost | exit 6 | exit 6, part | refused | 1, same
+header truncate | nodes-ahead,records-lost,segment-length | exit 6 | exit 6, part | refused | 1, same
+header zero | records-lost | exit 6 | exit 6, part | refused | 1, same
+header duplicate | records-lost | exit 6 | exit 6, part | refused | 1, same
+header swap | records-lost | exit 6 | exit 6, part | refused | 1, same
+body flip | records-lost | exit 6 | exit 6, part | refused | 1, same
+body truncate | nodes-ahead,records-lost,segment-length | exit 6 | exit 6, part | refused | 1, same
+body zero | records-lost | exit 6 | exit 6, part | refused | 1, same
+body duplicate | records-lost | exit 6 | exit 6, part | refused | 1, same
+body swap | records-lost | exit 6 | exit 6, part | refused | 1, same
+tail flip | nodes-ahead,records-lost | exit 6 | exit 6, part | refused | 1, same
+tail truncate | nodes-ahead,records-lost,segment-length | exit 6 | exit 6, part | refused | 1, same
+tail zero | nodes-ahead,records-lost | exit 6 | exit 6, part | refused | 1, same
+tail duplicate | clean | ok | all | same | 0, same
+tail swap | nodes-ahead,records-lost | exit 6 | exit 6, part | refused | 1, same
+index flip | index-damaged | ok | all | same | 1, same
+index truncate | index-damaged | ok | all | same | 1, same
+index zero | index-damaged | ok | all | same | 1, same
+index duplicate | index-damaged | ok | all | same | 1, same
+index swap | index-damaged | ok | all | same | 1, same
+xattr flip | attribute-damaged | ok | all | same | 1, same
+xattr truncate | attribute-damaged | ok | all | same | 1, same
+xattr zero | attribute-damaged | ok | all | same | 1, same
+xattr duplicate | fid-twice | ok | exit 1, part | same | 1, same
+xattr swap | index-lacks | ok | exit 1, part | same | 1, same
+cursors flip | cursors-damaged | ok | all | refused | 1, same
+cursors truncate | cursors-damaged | ok | all | refused | 1, same
+cursors zero | cursors-damaged | ok | all | refused | 1, same
+cursors duplicate | clean | ok | all | same | 0, same
+cursors swap | clean | ok | all | same | 0, same
+state flip | state-damaged | ok | all | refused | 1, same
+state truncate | state-damaged | ok | all | refused | 1, same
+state zero | state-damaged | ok | all | refused | 1, same
+state duplicate | state-damaged | ok | all | refused | 1, same
+state swap | state-damaged | ok | all | refused | 1, same
+nodes flip | nodes-damaged | ok | all | refused | 1, same
+nodes truncate | nodes-damaged | ok | all | refused | 1, same
+nodes zero | nodes-damaged | ok | all | refused | 1, same
+nodes duplicate | nodes-damaged | ok | all | refused | 1, same
+nodes swap | nodes-damaged | ok | all | refused | 1, same
+grants flip | grants-damaged | ok | all | same | 1, same
+grants truncate | grants-damaged | ok | all | same | 1, same
+grants zero | grants-damaged | ok | all | same | 1, same
+grants duplicate | grants-damaged | ok | all | same | 1, same
+grants swap | grants-damaged | ok | all | same | 1, same
 ";
 
 // ---- the cache -------------------------------------------------------------------------------
@@ -163,6 +169,8 @@ struct Rig {
     /// where nobody answers any more
     source: String,
     tree: Tree,
+    /// what the server has of it
+    before: Tree,
     pending: u64,
 }
 
@@ -181,9 +189,11 @@ fn rig() -> Option<Rig> {
     server.stop();
     fs::write(mount.at("dir/late"), b"late, and nowhere else").unwrap();
     fs::rename(mount.at("dir/file-3"), mount.at("moved")).unwrap();
-    for n in 0..46_000u32 {
-        let mode = fs::Permissions::from_mode(0o600 | (n & 1) << 5);
-        fs::set_permissions(mount.at("second"), mode).unwrap();
+    for n in 0..5_000u32 {
+        // with the value before it, a record has about 2 KB
+        let value = n.to_le_bytes().repeat(225);
+        let path = mount.at("second");
+        rustix::fs::lsetxattr(path, "user.large", &value, XattrFlags::empty()).unwrap();
     }
     fs::write(mount.at("last"), b"the very last").unwrap();
     let tree = look(mount.path());
@@ -195,7 +205,9 @@ fn rig() -> Option<Rig> {
     let cache = mount.cache().to_owned();
     assert_eq!(segments_in(&cache.join(".imz/kml")).unwrap().len(), 2, "two segments");
     assert!(tree.values().all(Result::is_ok));
-    Some(Rig { cache, source: server.source(), tree, pending, disk })
+    let mut before = look(&disk.dir("served"));
+    before.retain(|path, _| !path.starts_with(".imz"));
+    Some(Rig { cache, source: server.source(), tree, before, pending, disk })
 }
 
 fn look(top: &Path) -> Tree {
@@ -491,6 +503,36 @@ fn dump(cache: &Path) -> String {
     }
 }
 
+/// Replays a journal onto a tree that is `before`; with all of it, it is `want`.
+fn replay(journal: &Path, onto: &Path, data: &Path, before: &Tree, want: &Tree) -> String {
+    let words = [journal, Path::new("--onto"), onto, Path::new("--data"), data];
+    let out = common::command(&[imz().as_ref(), Path::new("replay")]).args(words).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(!said.contains("panicked"), "{said}");
+    let mut found = look(onto);
+    found.retain(|path, _| !path.starts_with(".imz"));
+    let code = out.status.code().unwrap_or(-1);
+    if code == 6 {
+        assert!(said.contains("at byte") && said.contains("before record"), "where: {said}");
+    }
+    // made, and no more
+    let is_new = |what: &Result<Vec<u8>, String>| what.as_ref().is_ok_and(Vec::is_empty);
+    let is_said = |(path, what): (&String, &Result<Vec<u8>, String>)| {
+        let known = [want.get(path), before.get(path)].into_iter().flatten();
+        known.clone().any(|it| it == what) || (known.count() > 0 && is_new(what))
+    };
+    let extent = match (found == *want, found.iter().find(|it| !is_said(*it))) {
+        (true, _) => "all".to_owned(),
+        (_, None) => "part".to_owned(),
+        (_, Some((path, _))) => format!("DIFFERS {path}"),
+    };
+    fs::remove_dir_all(onto).unwrap();
+    match code {
+        0 => extent,
+        code => format!("exit {code}, {extent}"),
+    }
+}
+
 /// A mount of a cache whose server is away.
 fn mount(rig: &Rig, cache: &Path) -> String {
     let point = tempfile::Builder::new().prefix("imz-damage-").tempdir().unwrap();
@@ -576,6 +618,9 @@ fn cell(rig: &Rig, place: &str, action: &str) -> String {
     let (code, found, _) = fsck(&[&text(&cache)]);
     assert_eq!(code, if found == "clean" { 0 } else { 4 }, "{name}: {found}");
     let dumped = dump(&cache);
+    let onto = rig.disk.path().join(format!("onto-{place}-{action}"));
+    common::run(&["cp", "-a", &text(&rig.disk.dir("served")), &text(&onto)]);
+    let replayed = replay(&cache, &onto, &cache, &rig.before, &rig.tree);
     let mounted = mount(rig, &cache);
     if !mounted.starts_with("exit") {
         // it came up, and has changed things
@@ -586,7 +631,7 @@ fn cell(rig: &Rig, place: &str, action: &str) -> String {
     let repaired = repair(&[&text(&cache)], &name);
     let after = mount(rig, &cache);
     fs::remove_dir_all(&cache).unwrap();
-    format!("{name} | {found} | {dumped} | {mounted} | {repaired}, {after}")
+    format!("{name} | {found} | {dumped} | {replayed} | {mounted} | {repaired}, {after}")
 }
 
 /// Does all cells, several at a time; their lines in order.
@@ -683,13 +728,15 @@ fn served_cell(rig: &Rig, want: &Tree, place: &str, action: &str) -> String {
     let words = [dir.to_str().unwrap(), "--state", state.to_str().unwrap()];
     let (_, found, _) = fsck(&words);
     let dumped = dump(&state);
+    let onto = rig.disk.dir(&format!("onto-{place}-{action}"));
+    let replayed = replay(&state, &onto, &dir, &Tree::new(), want);
     let served = serve(&dir, &state, want);
     let (dir, state) = make();
     let repaired = repair(&words, &name);
     let after = serve(&dir, &state, want);
     fs::remove_dir_all(dir).unwrap();
     fs::remove_dir_all(state).unwrap();
-    format!("{name} | {found} | {dumped} | {served} | {repaired}, {after}")
+    format!("{name} | {found} | {dumped} | {replayed} | {served} | {repaired}, {after}")
 }
 
 // ---- and -------------------------------------------------------------------------------------
