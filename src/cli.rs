@@ -464,6 +464,8 @@ Keys of --json:
   passthrough                      whether data goes past the daemon
   pid, version                     of the process
   last_error                       the last trouble, or null
+  warning                          what happened since the start that people must hear of although
+                                   all goes on: the server lost what it had acknowledged; or null
   clients, client_count            of a served directory: its clients, at most 64 of them, each with
                                    host, node, connected, since, pending_records, permit and
                                    permits_apart; null of a mount. Those that are away are named if

@@ -228,6 +228,9 @@ fn render(status: &Status) -> String {
     }
     let passthrough = if status.passthrough { ", passthrough" } else { "" };
     line("process", format!("{}, imz {}{passthrough}", status.pid, status.version));
+    if let Some(warning) = &status.warning {
+        line("warning", warning.clone());
+    }
     if let Some(error) = &status.last_error {
         line("last error", error.clone());
     }

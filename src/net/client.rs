@@ -176,6 +176,8 @@ pub struct Snapshot {
     pub clean_len: u64,
     pub dirty_len: u64,
     pub last_error: Option<String>,
+    /// what people must hear of, although all goes on
+    pub warning: Option<String>,
     /// `HOST:PORT`, or `local`
     pub server: String,
     pub volume: String,
@@ -247,6 +249,7 @@ struct Facts {
     shipped_len: u64,
     conflicts: u64,
     last_error: Option<String>,
+    warning: Option<String>,
     /// the first answer of a server: caught up with it, or refused
     contact: Option<Result<(), (Code, String)>>,
 }
@@ -303,6 +306,7 @@ pub fn start(
             shipped_len: 0,
             conflicts: 0,
             last_error: None,
+            warning: None,
             contact: None,
         }),
         changed: Condvar::new(),
@@ -415,6 +419,7 @@ impl Handle {
             clean_len,
             dirty_len,
             last_error: facts.last_error.clone(),
+            warning: facts.warning.clone(),
             server: self.0.server.clone(),
             volume: state.volume,
             node: state.node,

@@ -126,6 +126,8 @@ pub struct Status {
     pub pid: u32,
     pub version: String,
     pub last_error: Option<String>,
+    /// of a mount: what people must hear of although all goes on
+    pub warning: Option<String>,
     /// of a served volume: its clients, the first [`volumes::CLIENTS_MAX`] of them; null of a mount
     pub clients: Option<Vec<ClientStatus>>,
     /// and how many they are

@@ -329,6 +329,34 @@ impl Cache {
         self.epoch.load(Ordering::Acquire)
     }
 
+    /// The server has no more than `theirs` of this journal, of which it had acknowledged all up to
+    /// `ours`: an older copy of it was put back. What the journal still has of the rest pends again;
+    /// what happened, for people.
+    ///
+    /// # Errors
+    /// The journal cannot be read.
+    pub fn fell_back(&self, theirs: Seq, ours: Seq) -> Result<String, LogError> {
+        let first = theirs.next().max(self.log.first());
+        let mut pending = self.pending();
+        pending.fell_back(theirs);
+        for entry in self.log.entries(first) {
+            let entry = entry?;
+            pending.add(entry.seq, &entry.record, made_at(&entry.record));
+        }
+        pending.doubt_all();
+        self.log.note_cursor(ACKED, theirs.0);
+        let lost = format!(
+            "the server has lost records {} to {}, which it had acknowledged: was it restored from \
+             an older backup?",
+            theirs.next().0,
+            ours.0
+        );
+        Ok(match first.0.saturating_sub(theirs.next().0) {
+            0 => format!("{lost} They are sent again"),
+            gone => format!("{lost} All but the first {gone} of them are sent again"),
+        })
+    }
+
     /// Makes everything in the cache stale at once. Durable on return: yes.
     pub fn bump_epoch(&self) -> Result<(), StateError> {
         self.state.edit(|facts| facts.epoch = facts.epoch.wrapping_add(1).max(1))?;

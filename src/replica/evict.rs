@@ -223,7 +223,7 @@ mod tests {
         rig.cache.pending().let_go(&[F], seq);
         assert_eq!(evict(&rig.cache, F, closed), Err(Kept::Named), "it is only on its way");
         rig.cache.pending().acked(seq);
-        rig.cache.pending().fell_back(Seq(0));
+        assert!(rig.cache.fell_back(Seq(0), seq).unwrap().contains("sent again"));
         assert_eq!(evict(&rig.cache, F, closed), Err(Kept::Named), "the server lost it again");
         rig.cache.pending().acked(seq);
         assert_eq!(evict(&rig.cache, F, closed), Err(Kept::Named), "a crash would not know it");

@@ -147,7 +147,7 @@ pub(super) fn update(
     let before = meta.clone();
     meta.nlink = nlink(object, stat.nlink);
     meta.epoch = cache.epoch();
-    if kind == Kind::File && !same_content(&before, &stat, object) {
+    if kind == Kind::File && !same_content(cache, &before, &stat, object) {
         meta = Meta { nlink: meta.nlink, epoch: meta.epoch, ..stub_meta(object) };
         // First what is known, then the file: a crash in between fetches again.
         cache.tree.set_meta(dir, name, &meta)?;
@@ -176,11 +176,13 @@ pub(super) fn update(
 
 /// Whether the file's data here are those of the server's version, so that a rename or a chmod
 /// elsewhere does not cost a fetch. Size and modification time alone would not tell, for times are
-/// set; nor would stamps, for a server that lost power may give one twice.
-fn same_content(meta: &Meta, stat: &Stat, object: &Remote) -> bool {
+/// set; and what is of another history than the server's (the epoch is another one) may be alike in
+/// all but its bytes.
+fn same_content(cache: &Cache, meta: &Meta, stat: &Stat, object: &Remote) -> bool {
     let attr = attr_of(stat);
     let alike = attr.size == object.attr.size && attr.mtime == object.attr.mtime;
-    let known = object.stored.unwrap_or(object.stamp) <= meta.stamp && !meta.is_disowned();
+    let is_here = meta.epoch == cache.epoch() && !meta.is_disowned();
+    let known = is_here && object.stored.unwrap_or(object.stamp) <= meta.stamp;
     (meta.stamp == object.stamp && !meta.stale) || (known && alike)
 }
 

@@ -134,10 +134,10 @@ impl Pending {
         self.doubtful.extract_if(.., |_, seq| *seq <= upto).map(|(dir, _)| dir).collect()
     }
 
-    /// The server turned out to have no more than this: see `ServerBehind`. What it lost counts
-    /// as pending by mark; counts and bytes of it are not known any more.
+    /// The server turned out to have no more than this; what it lost is added again.
     pub fn fell_back(&mut self, acked: Seq) {
-        self.acked = acked;
+        let written_len = self.written_len; // it only grows
+        *self = Pending { written_len, ..Pending::new(acked) };
     }
 
     /// No fetch is under way that was sent when less than `floor` was acknowledged, and a crash would

@@ -259,6 +259,7 @@ impl<F: Fn() + Send + Sync> Answer for Told<F> {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             last_error: s.last_error,
+            warning: s.warning,
             ..Status::default()
         }
     }

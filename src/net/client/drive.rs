@@ -353,7 +353,14 @@ impl Driver {
             }
             Effect::MarkStale { break_id, fids } => self.mark_stale(break_id, &fids),
             Effect::CatchUp { fids } => self.catch_up(fids),
-            Effect::BumpEpoch => self.bump_epoch(),
+            Effect::BumpEpoch => {
+                log::warn!(
+                    "{}: the server's history does not reach back to what is known here: all of the \
+                     cache is checked anew",
+                    self.shared.server
+                );
+                self.bump_epoch();
+            }
             Effect::SetVolume { mode, raise } => self.shared.rights.edit(|rights| match raise {
                 true => rights.raise_volume(mode),
                 false => rights.set_volume(mode),
@@ -383,12 +390,12 @@ impl Driver {
                 self.on_acked(upto, &stamps, &conflicts, now);
             }
             Effect::ServerBehind { theirs, ours } => {
-                self.cache.pending().fell_back(theirs);
-                self.note_error(&format!(
-                    "the server has lost records {} to {} that it had acknowledged",
-                    theirs.next().0,
-                    ours.0
-                ));
+                let what = match self.cache.fell_back(theirs, ours) {
+                    Ok(what) => what,
+                    Err(e) => format!("the server lost what it had, and the journal: {e}"),
+                };
+                self.note_error(&what);
+                self.shared.facts().warning = Some(what);
             }
             Effect::SpaceIs(space) => {
                 let mut held = self.shared.space.lock().unwrap_or_else(|e| e.into_inner());

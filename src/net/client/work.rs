@@ -30,6 +30,10 @@ use crate::sys::{Errno, clock, crash};
 
 /// Most records that are optimised together.
 const TOGETHER_MAX: usize = 16384;
+/// So much of the journal, and this part of the disk at most, is kept although the server has it: one
+/// that is restored from an older backup gets it again.
+const KEPT_LEN_MAX: u64 = 32 << 20;
+const KEPT_PART: u64 = 64;
 /// How long what vanished rests in limbo.
 const LIMBO_REST: Duration = Duration::from_secs(600);
 
@@ -126,7 +130,11 @@ fn run(cache: &Cache, todo: &Receiver<Job>, tell: &Sender<In>, (waker, saved): (
 /// What says that all is durable comes last: a power cut in between costs work, not truth.
 fn keep(cache: &Cache, acked: Seq, current: Stamp) -> Result<(), CacheError> {
     cache.keep_all(acked, current)?;
-    cache.log.trim(acked)?;
+    let space = fs::space(&**cache.tree.root()).map_err(TreeError::from)?;
+    let disk_len = u64::from(space.block_len).saturating_mul(space.blocks);
+    if cache.log.bytes() > KEPT_LEN_MAX.min(disk_len / KEPT_PART) {
+        cache.log.trim(acked)?;
+    }
     let keep = |fid, stat: &fs::Stat| is_kept(cache, fid, stat.kind(), acked);
     if let Err(e) = cache.limbo.clear(LIMBO_REST, clock::now(), keep) {
         log::warn!("limbo: {e}");
