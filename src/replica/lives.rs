@@ -22,7 +22,7 @@
 //!   across it is told the same, for he may have seen what is not any more.
 //! - The counters of a volume's own fids go on from the time as well, for the same reason.
 //! - An object of the tree whose stamp lies behind what was durable at the cut gets that noop's
-//!   stamp (redo.rs): it may be other than it was shown under the old one.
+//!   stamp (behind.rs): it may be other than it was shown under the old one.
 //!
 //! The table is in `state.json`, as `[first seq, first stamp]`, durable before the life's first
 //! stamp is given. Source: the terms of viewstamped replication and of raft.

@@ -25,6 +25,7 @@ pub mod pins;
 pub mod power;
 
 pub mod apply;
+mod behind;
 pub mod certify;
 mod conflict;
 mod hands;

@@ -9,23 +9,24 @@
 //!
 //! What clients were shown of it is no version any more, whether its record is lost, its effect, or
 //! neither (lives.rs): the history goes on with a record that says so, objects of which the tree has
-//! a version from behind the cursor get a new stamp, and so does a file that a store may have left
+//! a version from behind the cursor get a new stamp (behind.rs), and so does a file that a store may have left
 //! half written, after a kill, too. Authors stay as they are: what comes again still fits.
 
 use super::apply::{Content, restamped};
-use super::compare::{CompareError, Found, Knowledge, compare};
 use super::meta::Meta;
 use super::ops::time_of_ns;
 use super::power::clock_ns;
+use super::recover::note;
 use super::tree::TreeError;
 use super::volume::{CURSOR, Result, Volume, VolumeError};
 use crate::kml::codec::{Entry, Outcome};
-use crate::kml::record::{Change, Fid, Op, Origin, Over, Place, ROOT, Record, Seq, Stamp};
+use crate::kml::record::{Change, Fid, Op, Origin, Over, Place, Record, Seq, Stamp};
 use crate::sys::{Errno, crash, cred, fs};
 
 impl Volume {
-    /// `clean`: the last life ended as it should.
-    pub(super) fn recover(&mut self, clean: bool) -> Result<()> {
+    /// `clean`: the last life ended as it should. Where it ended with the power, stamps between the
+    /// two that are returned may be lost.
+    pub(super) fn recover(&mut self, clean: bool) -> Result<Option<(Stamp, Stamp)>> {
         let log = self.log.clone();
         let (kept, last, cut) = (Seq(log.cursor(CURSOR)), log.last(), self.cut);
         let (mut redone, mut half_written) = (0, Vec::new());
@@ -64,50 +65,18 @@ impl Volume {
             if done || in_doubt {
                 self.nodes.note(origin.node, origin.seq, done && !in_doubt);
             }
+            if done && !clean {
+                note(&self.tree.index, &entry.record.op)?; // it may have forgotten the newest
+            }
         }
         if redone > 0 {
             log::info!("{}: {redone} records of the last life were looked at again", self.name);
         }
         self.flush_touched()?;
-        if cut {
-            self.relabel(self.lives.stamp(kept), self.lives.stamp(last.next()))?;
-        }
         for (fid, node) in half_written {
             self.label(fid, node)?;
         }
-        Ok(())
-    }
-    /// Objects whose version is newer than `kept` have the version `mark` from now on.
-    fn relabel(&mut self, kept: Stamp, mark: Stamp) -> Result<()> {
-        let root = fs::open(&**self.tree.root(), b".", fs::o::DIRECTORY, 0)?;
-        let places = Some(&self.tree.index as _);
-        let known = Knowledge { places, facts: Default::default(), stopped_at: None };
-        let mut fids = Vec::from_iter((self.tree.root().meta().stamp > kept).then_some(ROOT));
-        let walked = compare(root, &known, &mut |found| {
-            if let Found::Object(spot, _) = found {
-                let meta = spot.meta.as_ref().filter(|meta| meta.stamp.max(meta.data) > kept);
-                fids.extend(meta.map(|meta| meta.fid));
-            }
-            true
-        });
-        walked.map_err(|e| match e {
-            CompareError::Root(e) => VolumeError::Os(e),
-            CompareError::Index(e) => VolumeError::Tree(e.into()),
-            CompareError::Stopped => VolumeError::Os(Errno::INTR),
-        })?;
-        let newer = |stamp: &mut Stamp| *stamp = if *stamp > kept { mark } else { *stamp };
-        for fid in &fids {
-            let relabelled = self.tree.edit_meta(*fid, |meta| {
-                newer(&mut meta.stamp);
-                newer(&mut meta.data);
-            });
-            match relabelled {
-                Ok(()) | Err(TreeError::Gone(_)) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        log::warn!("{}: power was lost; {} objects have a new stamp", self.name, fids.len());
-        Ok(())
+        Ok(cut.then(|| (self.lives.stamp(kept), self.lives.stamp(last.next()))))
     }
     /// A file is not what anybody was told of it. Its author's record comes again, and fits.
     fn label(&mut self, fid: Fid, node: u32) -> Result<()> {

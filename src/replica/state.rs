@@ -55,6 +55,13 @@ pub struct Facts {
     /// one, and the stop was not clean, power may have been lost
     #[serde(default)]
     pub boot_id: String,
+    /// of a served volume: when its last server stopped cleanly, and since when nobody has looked at
+    /// the tree, nanoseconds since 1970; 0: neither
+    #[serde(default)]
+    pub stopped_at: u64,
+    /// and when the root of that tree was made, as far as its file system says; 0: unknown
+    #[serde(default)]
+    pub root_born: u64,
     /// of a served volume: which stamps its records have
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lives: Table,
@@ -243,6 +250,8 @@ impl Facts {
             epoch: 1,
             clean: true,
             boot_id: boot::id(),
+            stopped_at: 0,
+            root_born: 0,
             lives: Table::new(),
             settings: Settings::default(),
         }

@@ -19,13 +19,16 @@ use std::collections::{BTreeSet, HashMap};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
+use super::behind::Past;
 use super::conflict::Kept;
 use super::live::Live;
 use super::lives::{self, Lives};
 use super::meta::Meta;
 use super::nodes::Nodes;
 use super::ops::attr_of;
+use super::power::clock_ns;
 use super::room::{BookFile, Pair};
 use super::settings::name_at_start;
 use super::spool::Spool;
@@ -34,7 +37,7 @@ use super::tree::{Dir, OWN_NAME, Tree, TreeError, is_own};
 use super::usage;
 use crate::kml::codec::Outcome;
 use crate::kml::log::{Log, LogError, Options};
-use crate::kml::record::{Attr, Fid, Name, ROOT, Seq, Stamp};
+use crate::kml::record::{Attr, Fid, Name, Op, ROOT, Seq, Stamp};
 use crate::sys::{Errno, crash, cred, fs};
 
 /// Name of the journal's cursor: up to here the tree is durable as well.
@@ -237,6 +240,7 @@ impl Volume {
             return Err(TreeError::NoXattrs { path: dir.to_owned(), key, source }.into());
         }
         let before = fs::fstat(&root)?;
+        let root_ctime = before.ctime;
         let own = dir.join(std::str::from_utf8(OWN_NAME).unwrap_or(".imz"));
         let state_dir = state.unwrap_or(&own);
         let spool = Spool::open(&own.join("spool"))?;
@@ -285,7 +289,13 @@ impl Volume {
             syncing: Vec::new(),
             names: None,
         };
-        volume.recover(facts.clean)?;
+        let lost = volume.recover(facts.clean)?;
+        if !is_new {
+            let is_copy = ![0, born(dir)].contains(&facts.root_born);
+            let stopped_at = facts.stopped_at;
+            volume.look_behind(&Past { stopped_at, root_ctime, is_copy, lost })?;
+            volume.state.edit(|facts| facts.stopped_at = 0)?;
+        }
         volume.find_conflicts()?;
         volume.save_nodes()?;
         log::info!("{}: volume {name} at stamp {}", dir.display(), volume.stamp().0);
@@ -298,7 +308,11 @@ impl Volume {
     pub fn close(mut self) -> Result<()> {
         self.flush_touched()?;
         self.save_nodes()?;
-        Ok(self.state.edit(|facts| facts.clean = true)?)
+        let (now, born) = (clock_ns(), born(&self.dir));
+        let stopped = |facts: &mut Facts| {
+            (facts.clean, facts.stopped_at, facts.root_born) = (true, now, born);
+        };
+        Ok(self.state.edit(stopped)?)
     }
 
     pub fn name(&self) -> &str {
@@ -440,7 +454,10 @@ impl Volume {
         let mut names = BTreeSet::new();
         for entry in self.log.entries(from) {
             let record = entry?.record;
-            if record.is_lost() {
+            // what changed in it while it was not served is not known by name
+            let is_unnamed = record.origin.node == 0
+                && matches!(record.op, Op::Setattr { fid: of, .. } if of == fid);
+            if record.is_lost() || is_unnamed {
                 return Ok(None);
             }
             let places = record.op.places().into_iter().flatten();
@@ -648,6 +665,13 @@ impl Volume {
         self.tree.index.set(meta.fid, dir.fid, name);
         Ok((meta, stat))
     }
+}
+
+/// When a directory was made, nanoseconds since 1970; 0: its file system does not say.
+fn born(dir: &Path) -> u64 {
+    let at = std::fs::metadata(dir).and_then(|it| it.created()).ok();
+    let since = at.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+    since.map_or(0, |since| since.as_nanos() as u64)
 }
 
 /// Changes with a file's data: FNV-1a over what moves when they do.

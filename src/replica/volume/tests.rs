@@ -802,3 +802,70 @@ fn the_book_of_room_outlives_the_server() {
     let space = rig.v().space().unwrap();
     assert!(bytes < space.blocks_available * u64::from(space.block_len) && files > 0);
 }
+
+/// Stops it cleanly, and looks at the tree with the eyes of client 2 after `act` and a new start.
+fn behind(rig: &mut Rig, act: impl FnOnce(&Rig)) -> Vec<Fid> {
+    let known = rig.v().stamp();
+    rig.volume.take().unwrap().close().unwrap();
+    act(rig);
+    rig.open();
+    let found = rig.v().since(known, 2).unwrap();
+    assert!(!found.lost && !found.more);
+    found.fids
+}
+
+#[test]
+fn what_was_done_while_nobody_served_is_journaled() {
+    let mut rig = rig();
+    rig.ok(1, mkdir(ROOT, "d", f(1, 1)));
+    for (n, name) in ["f", "g", "h"].into_iter().enumerate() {
+        rig.ok(1, create(f(1, 1), name, f(1, 2 + n as u64)));
+        rig.store(1, f(1, 2 + n as u64), Stamp(0), b"text");
+    }
+    let (d, file) = (f(1, 1), f(1, 2));
+    assert_eq!(behind(&mut rig, |_| ()), []);
+    let (data, stamp) = (rig.v().stat(file).unwrap().stored, rig.stamp(file));
+    // attributes, and contents
+    let found = behind(&mut rig, |rig| {
+        std::fs::set_permissions(rig.path("d/f"), std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::fs::write(rig.path("d/g"), b"TEXT").unwrap();
+    });
+    assert_eq!(found, [file, f(1, 3)]);
+    assert!(rig.stamp(file) > stamp && rig.v().stat(file).unwrap().stored == data);
+    assert!(rig.v().stat(f(1, 3)).unwrap().stored > data);
+    // names: the directory's listing is not told in part
+    let listed = rig.v().stamp();
+    let found = behind(&mut rig, |rig| {
+        std::fs::rename(rig.path("d/h"), rig.path("h")).unwrap();
+        std::fs::write(rig.path("d/new"), b"").unwrap();
+        std::fs::remove_file(rig.path("d/g")).unwrap();
+    });
+    assert_eq!(found, [ROOT, d, f(1, 4)]);
+    assert!(rig.v().list_since(d, listed).unwrap().is_none());
+    assert_eq!(rig.names(), ["d", "h"]);
+    assert_eq!(rig.fid("h"), f(1, 4));
+    assert!(matches!(rig.v().stat(f(1, 3)), Err(VolumeError::Gone(_))));
+    // a change of a client that came first wins; one that was made on the version before does not
+    let base = rig.stamp(f(1, 4));
+    behind(&mut rig, |rig| std::fs::write(rig.path("h"), b"by hand").unwrap());
+    let out = rig.store(2, f(1, 4), base, b"late");
+    assert_eq!((out.conflicts, rig.read("h")), (vec![f(1, 4)], "by hand".to_owned()));
+}
+
+/// A start that ends before it has looked at all is no start.
+#[test]
+fn a_look_that_was_cut_off_is_done_again() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    let known = rig.v().stamp();
+    rig.volume.take().unwrap().close().unwrap();
+    std::fs::write(rig.path("f"), b"by hand").unwrap();
+    // as open() leaves it while it looks
+    let state = State::open(&rig.path(".imz"), || panic!("it is there")).unwrap();
+    assert!(state.facts().stopped_at > 0);
+    state.edit(|facts| facts.clean = false).unwrap();
+    drop(state);
+    rig.open();
+    assert_eq!(rig.v().since(known, 2).unwrap().fids, [f(1, 1)]);
+    assert_eq!(rig.v().state.facts().stopped_at, 0);
+}

@@ -1,0 +1,245 @@
+//! What changed in a served tree while no server looked after it: found at the start, and journaled,
+//! so that clients hear of it.
+//!
+//! One walk over the tree (compare.rs), before anybody is served:
+//!
+//! ```text
+//!   the last server    the tree shows                             then
+//!   stopped cleanly    a file's mtime behind the stop             store, of all of it
+//!                      a ctime behind it                          setattr; of a directory, its
+//!                                                                 entries are looked at anew
+//!   was killed, or     a name without a fid; an object elsewhere, setattr of the directories
+//!   lost its power     or nowhere
+//!   lost its power     a version that may be lost (lives.rs)      the stamp of the new life
+//! ```
+//!
+//! Nobody can set a ctime. It shows that a file was changed; a changed mtime shows that its contents
+//! were: who gives other contents the old size and the old mtime is not found out. Each copy of a file
+//! has a ctime of its own: where the root is not the one that the last server had (it was made at
+//! another time), the tree was put back from a copy, and mtimes alone are looked at. After a kill the
+//! journal does not say what was changed later, and a ctime may be of imz's own last change, so that
+//! only names are looked at: `imz fsck` names what else it finds.
+//!
+//! The author of these records is the server. What no client has seen yet (it has no fid) needs no
+//! record. A start that ends in the midst of this is done again by the next one.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use super::apply::{noted, restamped};
+use super::compare::{CompareError, Difference, Found, Knowledge, Spot, compare};
+use super::hands;
+use super::index::At;
+use super::power::clock_ns;
+use super::tree::TreeError;
+use super::volume::{Result, Volume, VolumeError};
+use crate::kml::codec::Outcome;
+use crate::kml::record::{Change, Fid, Op, Origin, ROOT, Range, Record, Stamp, Time};
+use crate::sys::Errno;
+use crate::sys::fs::{self, Kind, Stat};
+
+/// How often a long walk says how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(2);
+
+/// What the last life left to be looked for.
+#[derive(Default)]
+pub(super) struct Past {
+    /// when it stopped cleanly, nanoseconds since 1970; 0: it did not
+    pub stopped_at: u64,
+    /// of the root, before anything of this life
+    pub root_ctime: (i64, u32),
+    /// the tree is a copy of the one that was served
+    pub is_copy: bool,
+    /// versions between these, exclusively, may be lost: they become the second one
+    pub lost: Option<(Stamp, Stamp)>,
+}
+
+/// What the walk found. True: a file's contents.
+#[derive(Default)]
+struct Behind {
+    changed: BTreeMap<Fid, bool>,
+    relabel: Vec<Fid>,
+    elsewhere: Vec<At>,
+    nowhere: Vec<(Fid, Vec<At>)>,
+}
+
+impl Behind {
+    fn object(&mut self, past: &Past, spot: &Spot) {
+        let Some(meta) = &spot.meta else { return };
+        if past.is_lost(meta.stamp) || past.is_lost(meta.data) {
+            self.relabel.push(meta.fid);
+        }
+        let written = past.is_behind(spot.stat.mtime);
+        if written || (past.is_behind(spot.stat.ctime) && !past.is_copy) {
+            let contents = written && spot.stat.kind() == Kind::File;
+            *self.changed.entry(meta.fid).or_default() |= contents;
+        }
+    }
+    fn differs(&mut self, past: &Past, spot: Option<&Spot>, difference: Difference) {
+        let mut dirs = Vec::new();
+        match (difference, spot) {
+            (Difference::New, Some(spot)) => dirs.extend(spot.dir),
+            (Difference::Moved { was }, Some(spot)) => {
+                let Some(dir) = spot.dir else { return };
+                self.elsewhere.push((dir, spot.name.clone()));
+                dirs.extend(was.into_iter().map(|(dir, _)| dir).chain([dir]));
+            }
+            (Difference::Missing { fid, was }, _) => {
+                dirs.extend(was.iter().map(|(dir, _)| *dir));
+                self.nowhere.push((fid, was));
+            }
+            _ => {}
+        }
+        if past.stopped_at == 0 {
+            dirs.into_iter().for_each(|dir| _ = self.changed.entry(dir).or_default());
+        }
+    }
+}
+
+impl Past {
+    fn is_behind(&self, time: (i64, u32)) -> bool {
+        self.stopped_at > 0 && ns(time) > self.stopped_at
+    }
+    fn is_lost(&self, stamp: Stamp) -> bool {
+        self.lost.is_some_and(|(kept, mark)| stamp > kept && stamp < mark)
+    }
+}
+
+fn ns((sec, nsec): (i64, u32)) -> u64 {
+    u64::try_from(sec).unwrap_or(0).saturating_mul(1_000_000_000) + u64::from(nsec)
+}
+
+impl Volume {
+    pub(super) fn look_behind(&mut self, past: &Past) -> Result<()> {
+        let begun = Instant::now();
+        let mut found = Behind::default();
+        if past.is_lost(self.tree.root().meta().stamp) {
+            found.relabel.push(ROOT);
+        }
+        if past.is_behind(past.root_ctime) && !past.is_copy {
+            found.changed.insert(ROOT, false);
+        }
+        let count = self.walk_behind(past, &mut found)?;
+        for (dir, name) in found.elsewhere {
+            // a copy, attribute and all, is another object
+            let dir = unless_gone(self.dir(dir))?;
+            dir.map(|dir| unless_gone(self.seen(&dir, &name))).transpose()?;
+        }
+        for (fid, (dir, name)) in found
+            .nowhere
+            .into_iter()
+            .flat_map(|(fid, was)| was.into_iter().map(move |at| (fid, at)))
+        {
+            self.tree.index.remove(fid, dir, &name).map_err(TreeError::from)?;
+        }
+        if let Some((kept, mark)) = past.lost {
+            let renew = |stamp: &mut Stamp| {
+                if *stamp > kept && *stamp < mark {
+                    *stamp = mark;
+                }
+            };
+            for fid in &found.relabel {
+                let renewed = self.tree.edit_meta(*fid, |meta| {
+                    renew(&mut meta.stamp);
+                    renew(&mut meta.data);
+                });
+                unless_gone(renewed.map_err(VolumeError::from))?;
+            }
+        }
+        let mut changed = 0;
+        for (fid, contents) in found.changed {
+            changed += u64::from(unless_gone(self.note_behind(fid, contents))?.is_some());
+        }
+        let ms = begun.elapsed().as_millis();
+        let (name, versions) = (&self.name, found.relabel.len());
+        match (changed, versions) {
+            (0, 0) => log::info!("{name}: {count} objects are as they were ({ms} ms)"),
+            _ => log::warn!(
+                "{name}: of {count} objects {changed} were changed while it was not served, and of \
+                 {versions} a version may be lost ({ms} ms): clients ask for them anew"
+            ),
+        }
+        Ok(())
+    }
+
+    fn walk_behind(&self, past: &Past, found: &mut Behind) -> Result<u64> {
+        let root = fs::open(&**self.tree.root(), b".", fs::o::DIRECTORY, 0)?;
+        let places = Some(&self.tree.index as _);
+        let known = Knowledge { places, facts: Default::default(), stopped_at: None };
+        let (mut count, mut told) = (0, Instant::now());
+        let walked = compare(root, &known, &mut |what| {
+            match what {
+                Found::Object(spot, _) => {
+                    count += 1;
+                    if told.elapsed() >= TELL_EVERY {
+                        told = Instant::now();
+                        log::info!("{}: {count} objects compared", self.name);
+                    }
+                    found.object(past, spot);
+                }
+                Found::Differs(spot, difference) => found.differs(past, spot, difference),
+                Found::Failed { path, error } => {
+                    log::warn!("{}: {}: {error}", self.name, path.escape_ascii());
+                }
+            }
+            true
+        });
+        walked.map_err(|e| match e {
+            CompareError::Root(e) => VolumeError::Os(e),
+            CompareError::Index(e) => VolumeError::Tree(e.into()),
+            CompareError::Stopped => VolumeError::Os(Errno::INTR), // never: it is told to go on
+        })?;
+        Ok(count)
+    }
+
+    /// Journals what somebody else has done to an object, as far as it can be seen.
+    fn note_behind(&mut self, fid: Fid, contents: bool) -> Result<()> {
+        let (dir, name) = hands::object_path(&self.tree, fid)?;
+        let stat = if name.is_empty() { fs::fstat(&*dir)? } else { fs::stat(&*dir, &name)? };
+        let base = match fid {
+            ROOT => dir.meta().stamp,
+            _ => self.tree.find(fid)?.2.stamp,
+        };
+        let op = match contents {
+            true => {
+                let Stat { size, mtime: (sec, nsec), .. } = stat;
+                let ranges = Vec::from_iter((size > 0).then_some(Range { at: 0, len: size }));
+                Op::Store { fid, base, size, mtime: Time { sec, nsec }, ranges, old_size: 0 }
+            }
+            false => Op::Setattr { fid, base, new: attributes(&stat), old: Change::default() },
+        };
+        let path = self.tree.path_by_fid(fid);
+        log::info!("{}: /{} was changed while it was not served", self.name, path.escape_ascii());
+        let (time_ns, origin) = (clock_ns(), Origin::default());
+        let record = Record { time_ns, origin, uid: stat.uid, gid: stat.gid, path, op };
+        let ticket = self.log.append(&record)?;
+        let stamp = self.lives.stamp(ticket.seq);
+        let done = self.tree.edit_meta(fid, |meta| match contents {
+            true => restamped(meta, 0, stamp),
+            false => noted(meta, 0, stamp),
+        });
+        let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Void };
+        self.log.settle(ticket, outcome);
+        Ok(done?)
+    }
+}
+
+fn attributes(stat: &Stat) -> Change {
+    match stat.kind() {
+        Kind::File | Kind::Dir => Change {
+            mode: Some(stat.mode & 0o7777),
+            uid: Some(stat.uid),
+            gid: Some(stat.gid),
+            ..Change::default()
+        },
+        _ => Change::default(),
+    }
+}
+
+fn unless_gone<T>(done: Result<T>) -> Result<Option<T>> {
+    match done {
+        Ok(done) => Ok(Some(done)),
+        Err(VolumeError::Gone(_) | VolumeError::Os(Errno::NOENT)) => Ok(None),
+        Err(e) => Err(e),
+    }
+}

@@ -1,0 +1,128 @@
+//! What somebody changes in a served directory while its server is stopped: clients see it.
+//!
+//! `IMZ_BEHIND_FILES=100000 cargo test --release --test behind -- --nocapture` says what the look at a
+//! tree costs a start.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Instant;
+
+use common::compare::compare;
+use common::{AMPLE, Disk, Mount, Server, wait_for};
+
+fn agree(mount: &Mount, server: &Server) {
+    let differing = compare(mount.path(), server.dir());
+    assert!(differing.is_empty(), "{differing:#?}");
+}
+
+fn read_all(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).unwrap().map(Result::unwrap);
+    entries
+        .map(|entry| match entry.file_type().unwrap().is_dir() {
+            true => 1 + read_all(&entry.path()),
+            false => fs::read(entry.path()).map_or(0, |_| 1),
+        })
+        .sum()
+}
+
+#[test]
+fn what_changes_while_nobody_serves_is_seen_by_clients() {
+    let Some(disk) = Disk::new(AMPLE) else { return };
+    let served = disk.dir("served");
+    fs::create_dir_all(served.join("never/looked/at")).unwrap();
+    let mut server = Server::start(&disk);
+    let here = Mount::start(&server, &disk, "here");
+    let mut away = Mount::start(&server, &disk, "away");
+    fs::create_dir_all(here.at("d/e")).unwrap();
+    for name in ["same", "longer", "mode", "removed", "moved", "linked", "e/deep", "mine"] {
+        fs::write(here.at("d").join(name), format!("{name}, as it was")).unwrap();
+    }
+    fs::write(here.at("top"), b"top").unwrap();
+    here.sync();
+    let count = read_all(away.path());
+    assert_eq!(count, read_all(here.path()));
+    away.umount();
+    for round in 0..2 {
+        server.stop();
+        // a change of a client that is not shipped goes with those that are found
+        fs::write(here.at("d/mine"), format!("mine, round {round}")).unwrap();
+        let at = |name: &str| served.join("d").join(name);
+        fs::write(at("same"), format!("SAME, as it w{round}s")).unwrap();
+        fs::write(at("longer"), format!("longer{:1$}", "", round + 50)).unwrap();
+        fs::set_permissions(at("mode"), fs::Permissions::from_mode(0o640 + round as u32)).unwrap();
+        if round == 0 {
+            fs::remove_file(at("removed")).unwrap();
+            fs::rename(at("moved"), served.join("renamed")).unwrap();
+            fs::hard_link(at("linked"), at("e/link")).unwrap();
+            fs::create_dir_all(at("new/dir")).unwrap();
+            fs::rename(at("e"), served.join("e-moved")).unwrap();
+        }
+        fs::write(at(&format!("new/dir/file-{round}")), b"of somebody").unwrap();
+        fs::write(served.join(format!("never/looked/at/{round}")), b"of somebody").unwrap();
+        server.restart();
+        wait_for("it is connected", 30, || here.is_connected());
+        here.sync();
+        let text = |name: &str| fs::read_to_string(here.at("d").join(name)).unwrap();
+        assert_eq!(text("same"), format!("SAME, as it w{round}s"));
+        assert_eq!(text("mine"), format!("mine, round {round}"));
+        agree(&here, &server);
+        away.again();
+        agree(&away, &server);
+        away.umount();
+        here.no_conflicts();
+        let said = server.said();
+        assert!(said.contains("were changed while it was not served"), "{said}");
+    }
+    // nothing has changed, and nothing is said to have
+    let before = server.said().len();
+    server.stop();
+    server.restart();
+    let said = server.said()[before..].to_owned();
+    assert!(!said.contains("changed"), "{said}");
+    agree(&here, &server);
+
+    // killed: what was added or taken away is seen
+    server.kill();
+    fs::write(served.join("d/added"), b"while it was dead").unwrap();
+    fs::remove_file(served.join("d/mode")).unwrap();
+    server.restart();
+    wait_for("it is connected", 30, || here.is_connected());
+    here.sync();
+    assert_eq!(fs::read(here.at("d/added")).unwrap(), b"while it was dead");
+    agree(&here, &server);
+    here.no_conflicts();
+}
+
+#[test]
+fn a_look_at_a_large_tree() {
+    let Ok(count) = std::env::var("IMZ_BEHIND_FILES") else { return };
+    let count: u64 = count.parse().unwrap();
+    let Some(disk) = Disk::with_files(AMPLE, count + count / 50 + 10_000) else { return };
+    let served = disk.dir("served");
+    for n in 0..count {
+        let dir = served.join(format!("{:03}", n / 500));
+        if n % 500 == 0 {
+            fs::create_dir(&dir).unwrap();
+        }
+        fs::write(dir.join(format!("file-{n}")), b"").unwrap();
+    }
+    let mut server = Server::start(&disk);
+    let mut mount = Mount::start(&server, &disk, "a");
+    read_all(mount.path());
+    mount.umount();
+    server.stop();
+    for cold in [false, true] {
+        if cold {
+            fs::write("/proc/sys/vm/drop_caches", b"3").unwrap();
+        }
+        let (before, begun) = (server.said().len(), Instant::now());
+        server.restart();
+        let ms = begun.elapsed().as_millis();
+        eprintln!("cold {cold}: a start in {ms} ms: {}", &server.said()[before..]);
+        server.stop();
+    }
+}
