@@ -10,7 +10,7 @@
 //! is durable before it is said ([`Effect::SaveGrants`]). The book itself is in ledger.rs, the
 //! client's side in asking.rs. No I/O, no clock.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
 
 use super::ledger::{DiskId, Holding, Ledger, Saved};
@@ -39,6 +39,8 @@ pub(super) struct Rooms {
     queue: VecDeque<Asking>,
     /// clients that were asked to give back, by request: their disk, and until when
     recalls: BTreeMap<(ConnId, u64), (DiskId, Instant)>,
+    /// volumes whose limit has changed: what nobody uses beyond a lower one is to come back
+    changed: BTreeSet<VolumeNo>,
 }
 
 /// For people: how a volume's room is shared out.
@@ -62,10 +64,12 @@ impl Server {
         self.effects.push_back(Effect::Survey { volume: no });
         self.due_room();
     }
-    /// A volume's limit, from now on. What was granted beyond a lower one stays granted.
+    /// A volume's limit, from now on. What was granted beyond a lower one stays granted; clients are
+    /// asked to give back what they do not use of it.
     pub fn set_quota(&mut self, no: VolumeNo, quota: Option<Room>) {
         if no < self.rooms.count {
             self.rooms.book.set_quota(no, quota);
+            self.rooms.changed.insert(no);
             self.effects.push_back(Effect::Survey { volume: no });
         }
     }
@@ -89,6 +93,9 @@ impl Server {
         if no < self.rooms.count {
             self.rooms.book.set_free(no, free);
             self.rooms.book.set_used(no, used);
+            if self.rooms.changed.remove(&no) && self.rooms.book.is_overdrawn(no) {
+                self.recall_room(self.rooms.book.disk(no), None, now);
+            }
             self.serve_room(self.rooms.book.disk(no), now);
         }
     }
@@ -165,7 +172,7 @@ impl Server {
             let enough = self.rooms.book.available(no).covers(asking.need);
             if !enough && !asking.ahead && asking.until.is_none() {
                 asking.until = Some(now + policy::RECALL_MAX);
-                self.recall_room(disk, asking.conn, now);
+                self.recall_room(disk, Some(asking.conn), now);
             }
             let pending = || self.rooms.recalls.values().any(|(of, _)| *of == disk);
             let waits = !enough && asking.until.is_some_and(|until| now < until) && pending();
@@ -188,14 +195,14 @@ impl Server {
         self.due_room();
     }
     /// Has everybody else on the disk give back what is in no use.
-    fn recall_room(&mut self, disk: DiskId, asker: ConnId, now: Instant) {
+    fn recall_room(&mut self, disk: DiskId, asker: Option<ConnId>, now: Instant) {
         let until = now + policy::RECALL_MAX;
         let holders: Vec<ConnId> = self
             .rooms
             .book
             .holders(disk)
             .filter_map(|(no, node)| self.volumes[no].nodes.get(&node).copied())
-            .filter(|conn| *conn != asker && self.account(*conn).is_some())
+            .filter(|conn| Some(*conn) != asker && self.account(*conn).is_some())
             .filter(|conn| !self.rooms.recalls.keys().any(|(of, _)| of == conn))
             .collect();
         for conn in holders {

@@ -132,6 +132,12 @@ impl Ledger {
     pub fn used(&self, no: usize) -> Room {
         self.accounts[no].used
     }
+    /// Whether more is used and granted than the volume's limit allows, as it was lowered.
+    pub fn is_overdrawn(&self, no: usize) -> bool {
+        let account = &self.accounts[no];
+        let taken = account.used.plus(account.outstanding());
+        account.quota.is_some_and(|quota| !quota.covers(taken))
+    }
     /// What can still be granted.
     pub fn available(&self, no: usize) -> Room {
         let account = &self.accounts[no];

@@ -65,7 +65,11 @@ pub fn survey(volume: &Volume) -> (Room, Room) {
         log::warn!("{}: how much room there is cannot be told: {e}", volume.name());
         (0, 0)
     });
-    (room(free), room(volume.usage()))
+    (room(free), used(volume))
+}
+
+pub fn used(volume: &Volume) -> Room {
+    room(volume.usage())
 }
 
 // The client's.

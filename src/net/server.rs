@@ -227,6 +227,7 @@ impl Server {
         loop {
             let now = Instant::now();
             if now >= report_at {
+                self.survey(now);
                 self.report();
                 quiet = self.conns.is_empty();
                 report_at = now + REPORT_EVERY;
@@ -580,7 +581,7 @@ impl Server {
             bytes_in,
             bytes_out,
             last_error: self.last_error.clone(),
-            room: self.machine.room_report(no),
+            room: self.room(no),
         };
         let volumes = self.volumes.iter().map(volume).collect();
         self.shared.set_report(Report { clients: self.machine.clients(), volumes });

@@ -15,6 +15,7 @@ use crossbeam_channel::{Sender, bounded};
 use super::handle::{Amount, Figures, Handle, Report};
 use super::room;
 use super::server::Server;
+use crate::lento::granting::RoomReport;
 use crate::lento::room::Room;
 use crate::lento::server::VolumeNo;
 use crate::lento::serving::Owing;
@@ -201,9 +202,22 @@ impl Server {
             }
         }
     }
+    /// Looks at all disks: what df and status show is of now, whether or not anybody asks for room.
+    pub(super) fn survey(&mut self, now: Instant) {
+        for (no, volume) in self.volumes.iter() {
+            let (free, used) = room::survey(volume);
+            self.machine.on_surveyed(no, free, used, now);
+        }
+    }
+    /// How a volume's room is shared out.
+    pub(super) fn room(&self, no: VolumeNo) -> Option<RoomReport> {
+        // what its files take as of now, not of the last survey
+        let report = self.machine.room_report(no)?;
+        Some(RoomReport { used: room::used(&self.volumes[no]), ..report })
+    }
     /// What is known of a volume's room.
     pub(super) fn figures(&self, no: VolumeNo) -> Figures {
-        let Some(report) = self.machine.room_report(no) else { return Figures::default() };
+        let Some(report) = self.room(no) else { return Figures::default() };
         let amount = |room: Room| Amount { bytes: room.bytes(), files: room.files() };
         let used = report.quota.is_some().then(|| amount(report.used));
         let disk = report.available.plus(report.granted);
@@ -219,6 +233,7 @@ impl Server {
         for Ordered(order, told) in orders {
             match order {
                 Order::Look => {
+                    self.survey(now);
                     self.report();
                     tell(&told, Ok(Done::Done));
                 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   written   between two looks from the reserve; a look charges it, and fills the reserve again
-//!   guarded   less than half of the reserve is left: the kernel is to ask before each write
+//!   guarded   less than 3/4 of the reserve is left: the kernel is to ask before each write, and may
+//!             go on while enough of it is there
 //!   asking    the kernel asks before the next write to this file: nothing is written unseen
 //! ```
 //!
@@ -19,7 +20,8 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::{Condvar, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use super::filter::{Filter, Result, Want};
@@ -36,9 +38,8 @@ const RESERVE_MIN: u64 = policy::AMPLE_LEN;
 /// On a machine that writes faster: so many times what was ever seen between two looks.
 const RESERVE_FACTOR: u64 = 4;
 const RESERVE_MAX: u64 = 8 * policy::AMPLE_LEN;
-/// A write that was stopped goes on with so much in reserve: what may be written unseen until the
-/// kernel is made to ask again.
-const GO_ON: Room = Room::new(policy::AMPLE_LEN / 4, 0);
+/// A write that was stopped goes on with the same, of half the reserve at most, and at least this.
+const GO_ON_MIN: u64 = policy::AMPLE_LEN / 4;
 /// Who has written nothing for so long rests.
 const REST: Duration = Duration::from_secs(1);
 /// An answer to the kernel that the attribute is there: its length.
@@ -49,6 +50,8 @@ pub const CAPABILITY_LEN: u32 = 20;
 pub struct ByKernel {
     state: Mutex<Kernel>,
     changed: Condvar,
+    /// more was asked for, and there is no answer yet
+    asked: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
@@ -69,12 +72,19 @@ impl Kernel {
         (self.most * RESERVE_FACTOR).clamp(RESERVE_MIN, RESERVE_MAX)
     }
     fn wants(&self) -> Room {
-        let held = self.reserve.as_ref().map_or(Room::NONE, Charge::room);
-        Room::new(self.reserve_len(), 0).less(held)
+        Room::new(self.reserve_len(), 0).less(self.held())
     }
-    fn has_half(&self) -> bool {
-        let held = self.reserve.as_ref().map_or(0, |reserve| reserve.room().bytes());
-        held >= self.reserve_len() / 2
+    fn held(&self) -> Room {
+        self.reserve.as_ref().map_or(Room::NONE, Charge::room)
+    }
+    fn is_short(&self) -> bool {
+        self.held().bytes() < self.reserve_len() / 4 * 3
+    }
+    /// What a write that was stopped lacks to go on: it may be the first of many, until the kernel
+    /// is made to ask again.
+    fn lacks(&self) -> Room {
+        let many = (self.most * RESERVE_FACTOR).clamp(GO_ON_MIN, self.reserve_len() / 2);
+        Room::new(many, 0).less(self.held())
     }
 }
 
@@ -211,13 +221,16 @@ impl Filter {
             }
             None => true,
         };
-        kernel.guarded = !kernel.has_half();
+        kernel.guarded = kernel.is_short();
         if kernel.guarded {
             self.by_kernel.changed.notify_all();
         }
-        if lacks && self.cache.is_online() {
-            let more = Room::new(kernel.reserve_len(), 0);
-            self.lento.want(Want::Room(more), Box::new(|_| ()));
+        // once: what waits is added up
+        let asked = &self.by_kernel.asked;
+        if lacks && self.cache.is_online() && !asked.swap(true, Ordering::Relaxed) {
+            let (more, asked) = (Room::new(kernel.reserve_len(), 0), asked.clone());
+            let done = move |_| asked.store(false, Ordering::Relaxed);
+            self.lento.want(Want::Room(more), Box::new(done));
         }
     }
 
@@ -273,10 +286,7 @@ impl Filter {
             return Ok(());
         }
         self.look_at_kernel();
-        let lacks = {
-            let kernel = held(&self.by_kernel.state);
-            GO_ON.less(kernel.reserve.as_ref().map_or(Room::NONE, Charge::room))
-        };
+        let lacks = held(&self.by_kernel.state).lacks();
         let more = self.charged(lacks)?;
         let mut kernel = held(&self.by_kernel.state);
         match &mut kernel.reserve {

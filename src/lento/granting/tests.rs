@@ -195,3 +195,26 @@ fn df_shows_the_room_that_nobody_holds_and_the_quota() {
     assert!(shown.blocks_available < 20 * MIB / 4096);
     assert_eq!(rig.server.room_report(0).unwrap().quota, Some(mib(50)));
 }
+
+#[test]
+fn a_lower_limit_takes_back_what_nobody_uses() {
+    let mut rig = rig(1 << 10);
+    rig.ask(A, mib(30), false);
+    rig.terms(A);
+    assert!(rig.held(A).covers(mib(60)), "{:?}", rig.held(A));
+    let charge = rig.grants[&A].charge(mib(20)).unwrap();
+    rig.server.set_quota(0, Some(mib(500)));
+    rig.turn();
+    assert!(rig.take(A).is_empty(), "it is not below what is granted");
+    rig.server.set_quota(0, Some(mib(40)));
+    rig.turn();
+    let sent = rig.take(A);
+    let [(id, false, Message::GiveBack(_))] = &sent[..] else { panic!("{sent:?}") };
+    rig.grants[&A].give_back_all_but(Room::NONE);
+    let held = rig.grants[&A].hello().unwrap();
+    rig.say(A, true, *id, GivenBack { held }.into());
+    assert_eq!((rig.held(A), rig.server.rooms.book.is_overdrawn(0)), (mib(20), false));
+    rig.ask(B, mib(30), false);
+    assert_eq!(rig.server.rooms.book.outstanding(0), mib(20), "not before A has been asked");
+    drop(charge);
+}
