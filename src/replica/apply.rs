@@ -180,8 +180,9 @@ impl Volume {
                 self.after_change((node, seq), &op, out)?;
             }
             // The last power cut may have left it without its record, and without its last step.
-            Verdict::Same if self.cut => self.touch_again(&record)?,
+            Verdict::Same if self.mark.is_some() => self.touch_again(&record)?,
             Verdict::Same => {}
+            Verdict::Conflict(_) if self.is_own_later(node, &record.op)? => {}
             Verdict::Alias(to) => {
                 if let Op::Rename { from, fid, .. } = &record.op {
                     // what it was to put there is there: its own goes
@@ -212,6 +213,20 @@ impl Volume {
             certify::fit(new, &there, node, *base);
         }
         Ok(())
+    }
+
+    /// Whether what stands in a record's way is a later change of its own author, whose record a
+    /// power cut took and whose effect it left. File systems keep a sequence of changes up to some
+    /// point: then the record's effect was there, too, and came to its end.
+    fn is_own_later(&mut self, node: u32, op: &Op) -> Result<bool> {
+        let Some(mark) = self.mark else { return Ok(false) };
+        for place in op.places().into_iter().flatten() {
+            let there = self.standing(place)?.ok().flatten();
+            if there.is_some_and(|(meta, _)| meta.author == node && meta.stamp == mark) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Whether a record that was lost with the power, and redone at open, is to be applied when it

@@ -24,11 +24,11 @@ use crate::kml::record::{Change, Fid, Op, Origin, Over, Place, Record, Seq, Stam
 use crate::sys::{Errno, crash, cred, fs};
 
 impl Volume {
-    /// `clean`: the last life ended as it should. Where it ended with the power, stamps between the
-    /// two that are returned may be lost.
-    pub(super) fn recover(&mut self, clean: bool) -> Result<Option<(Stamp, Stamp)>> {
+    /// `clean`: the last life ended as it should. `cut`: it ended with the power; then stamps between
+    /// the two that are returned may be lost.
+    pub(super) fn recover(&mut self, clean: bool, cut: bool) -> Result<Option<(Stamp, Stamp)>> {
         let log = self.log.clone();
-        let (kept, last, cut) = (Seq(log.cursor(CURSOR)), log.last(), self.cut);
+        let (kept, last) = (Seq(log.cursor(CURSOR)), log.last());
         let (mut redone, mut half_written) = (0, Vec::new());
         if cut {
             let ticket = log.append(&Record::lost(clock_ns()))?;

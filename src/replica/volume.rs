@@ -19,7 +19,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 use super::behind::Past;
 use super::conflict::Kept;
@@ -40,6 +40,8 @@ use crate::kml::log::{Log, LogError, Options};
 use crate::kml::record::{Attr, Fid, Name, Op, ROOT, Seq, Stamp};
 use crate::sys::{Errno, crash, cred, fs};
 
+/// Times of files go in steps of at most this.
+const CTIME_TICK: Duration = Duration::from_millis(10);
 /// Name of the journal's cursor: up to here the tree is durable as well.
 pub(super) const CURSOR: &str = "tree";
 /// A page of a listing is closed when it reaches this size, bytes.
@@ -169,8 +171,9 @@ pub struct Volume {
     /// what the files take, where somebody wants to know
     pub(super) usage: Option<Pair>,
     history_len_max: u64,
-    /// the life before ended with the power: the tree may show more than the journal tells
-    pub(super) cut: bool,
+    /// the life before ended with the power: versions that may be lost became this one, and the
+    /// tree may show more than the journal tells
+    pub(super) mark: Option<Stamp>,
     /// directories whose entries were changed, by whom and at which stamp: set once a batch
     pub(super) touched: HashMap<Fid, (u32, Stamp)>,
     pub(super) kept: Kept,
@@ -283,13 +286,14 @@ impl Volume {
             disk: std::fs::metadata(dir).map_err(|_| Errno::IO)?.dev(),
             usage: None,
             history_len_max: usage::history_len(disk_len, HISTORY_LEN_MAX),
-            cut,
+            mark: None,
             touched: HashMap::new(),
             kept: Kept::default(),
             syncing: Vec::new(),
             names: None,
         };
-        let lost = volume.recover(facts.clean)?;
+        let lost = volume.recover(facts.clean, cut)?;
+        volume.mark = lost.map(|(_, mark)| mark);
         if !is_new {
             let is_copy = ![0, born(dir)].contains(&facts.root_born);
             let stopped_at = facts.stopped_at;
@@ -309,6 +313,8 @@ impl Volume {
         self.flush_touched()?;
         self.save_nodes()?;
         let (now, born) = (clock_ns(), born(&self.dir));
+        // what others change from here on has a later ctime
+        std::thread::sleep(CTIME_TICK);
         let stopped = |facts: &mut Facts| {
             (facts.clean, facts.stopped_at, facts.root_born) = (true, now, born);
         };

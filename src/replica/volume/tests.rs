@@ -684,6 +684,42 @@ fn a_stamp_that_was_lost_is_never_given_again() {
     }
 }
 
+/// The tree kept what the journal lost: what comes again is done, or was done and is over; the
+/// directory has the time that the client's has.
+#[test]
+fn what_a_power_cut_left_without_its_record_is_no_conflict() {
+    let mut rig = rig();
+    rig.ok(1, mkdir(ROOT, "d", f(1, 1)));
+    rig.v().sync_job().run().unwrap();
+    rig.v().synced();
+    rig.copy(".imz/kml", false);
+    let (from, to, base) = (at(f(1, 1), "a"), at(ROOT, "b"), Stamp(0));
+    let ops = [
+        create(f(1, 1), "a", f(1, 2)),
+        Op::Rename { from, to, fid: f(1, 2), base, over: FREE },
+        create(f(1, 1), "a", f(1, 3)),
+    ];
+    ops.iter().for_each(|op| rig.ok(1, op.clone()));
+    rig.kill();
+    rig.copy(".imz/kml", true);
+    rig.another_boot();
+    let mtime = |rig: &Rig| std::fs::metadata(rig.path("d")).unwrap().modified().unwrap();
+    let before = mtime(&rig);
+    let now = std::time::SystemTime::now();
+    std::fs::File::open(rig.path("d")).unwrap().set_modified(now).unwrap();
+    rig.open();
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(1));
+    rig.seqs.insert(1, 1);
+    ops.into_iter().for_each(|op| rig.ok(1, op));
+    assert_eq!((rig.v().conflicts(), mtime(&rig)), (0, before));
+    assert_eq!(rig.names(), ["b", "d"]);
+    let page = rig.v().list(f(1, 1), b"").unwrap();
+    assert_eq!(page.entries.iter().map(|(_, it)| it.fid).collect::<Vec<_>>(), [f(1, 3)]);
+    // somebody else's change in the same place is one
+    let out = rig.with(2, mkdir(f(1, 1), "a", f(2, 9)), Content::None);
+    assert!(!out.conflicts.is_empty());
+}
+
 /// Killed in the midst of a store: who has the version before it must not believe that it has what
 /// stands there.
 #[test]
