@@ -101,7 +101,7 @@ fn what_changes_while_nobody_serves_is_seen_by_clients() {
 fn a_look_at_a_large_tree() {
     let Ok(count) = std::env::var("IMZ_BEHIND_FILES") else { return };
     let count: u64 = count.parse().unwrap();
-    let Some(disk) = Disk::with_files(AMPLE, count + count / 50 + 10_000) else { return };
+    let Some(disk) = Disk::with_files(AMPLE, count * 21 / 10 + 10_000) else { return };
     let served = disk.dir("served");
     for n in 0..count {
         let dir = served.join(format!("{:03}", n / 500));

@@ -136,7 +136,9 @@ fn an_older_backup_costs_nothing_that_a_client_still_has() {
         ("c-99", "of c: 99"),
     ] {
         for mount in [&a, &b, &c] {
-            assert_eq!(text(mount, path), want, "{path} in {:?}", mount.path());
+            // that its version lost is told to a client's kernel behind what it waits for
+            let what = format!("{path} is {want:?} in {:?}", mount.path());
+            wait_for(&what, 10, || text(mount, path) == want);
         }
     }
     for mount in [&a, &b, &c] {

@@ -18,7 +18,8 @@
 //! has a ctime of its own: where the root is not the one that the last server had (it was made at
 //! another time), the tree was put back from a copy, and mtimes alone are looked at. After a kill the
 //! journal does not say what was changed later, and a ctime may be of imz's own last change, so that
-//! only names are looked at: `imz fsck` names what else it finds.
+//! only names are looked at: `imz fsck` names what else it finds. (A change within the same step of
+//! the file system's clock as the stop, some milliseconds, is not found either.)
 //!
 //! The author of these records is the server. What no client has seen yet (it has no fid) needs no
 //! record. A start that ends in the midst of this is done again by the next one.
@@ -70,7 +71,12 @@ impl Behind {
             self.relabel.push(meta.fid);
         }
         let written = past.is_behind(spot.stat.mtime);
-        if written || (past.is_behind(spot.stat.ctime) && !past.is_copy) {
+        let changed = match past.is_copy {
+            // a time to come was set by somebody, whenever that was
+            true => written && ns(spot.stat.mtime) <= clock_ns(),
+            false => past.is_behind(spot.stat.ctime),
+        };
+        if changed {
             let contents = written && spot.stat.kind() == Kind::File;
             *self.changed.entry(meta.fid).or_default() |= contents;
         }
