@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-const PHASES: [&str; 11] = [
+const PHASES: [&str; 12] = [
     "make directories",
     "copy",
     "scan (cold)",
@@ -40,11 +40,14 @@ const PHASES: [&str; 11] = [
     "overwrite 1 MiB",
     "overwrite 4 KiB",
     "append 200 bytes",
+    "append 4 KiB",
 ];
 const PROGRAM_FILES: usize = 40;
 /// Length of the file of the small phases, and how often it is gone through.
 const FILE_LEN: usize = 64 << 20;
 const SMALL_COUNT: usize = 200_000;
+/// So often a block is appended.
+const APPEND_COUNT: usize = 20_000;
 
 struct Args {
     tree: PathBuf,
@@ -260,9 +263,13 @@ impl Work {
             }),
             _ => {
                 let mut file = File::options().append(true).open(&path).unwrap();
+                let (count, len) = match phase {
+                    "append 200 bytes" => (SMALL_COUNT, 200),
+                    _ => (APPEND_COUNT, 4096),
+                };
                 timed(|| {
-                    for _ in 0..SMALL_COUNT {
-                        std::io::Write::write_all(&mut file, &bytes[..200]).unwrap();
+                    for _ in 0..count {
+                        std::io::Write::write_all(&mut file, &bytes[..len]).unwrap();
                     }
                 })
             }
@@ -441,6 +448,6 @@ fn report(args: &Args, times: &[[Vec<f64>; 2]]) {
     }
     println!("{:<20} {:>10} {:>10} {:>10} {:>10}", "phase", "bare s", "imz s", "imz/bare", "pairs");
     for (phase, bare, imz, ratio, pairs) in rows {
-        println!("{phase:<20} {bare:>10.3} {imz:>10.3} {ratio:>10.2} {pairs:>10.2}");
+        println!("{phase:<20} {bare:>10.3} {imz:>10.3} {ratio:>10.3} {pairs:>10.3}");
     }
 }

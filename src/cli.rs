@@ -144,6 +144,7 @@ Configuration file (TOML):
   # state = \"/fast/photos\"    # its state alone, whatever it is called
 
   [volume.user_quota]         # of the volume above: what a user's files may hold, by user id
+                              # (kept and shown; this version does not enforce it)
   1000 = \"20G\"
 
   The file is the truth for all that it can say: a volume without quota has none, whatever it had

@@ -70,6 +70,8 @@ pub struct LimitArgs {
     #[arg(long, value_name = "COUNT|none", value_parser = Bound::count)]
     pub quota_files: Option<Bound>,
     /// How much the files of one user may hold, by user id; may be given again and again
+    ///
+    /// Kept and shown, and not enforced by this version.
     #[arg(long, value_name = "UID=SIZE|none", value_parser = UserBound::parse)]
     pub user_quota: Vec<UserBound>,
 }
