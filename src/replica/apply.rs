@@ -166,7 +166,12 @@ impl Volume {
             return Ok(());
         }
         self.follow(node, &mut record.op)?;
-        let verdict = certify(self, (node, seq), &record, content)?;
+        let verdict = match certify(self, (node, seq), &record, content)? {
+            Verdict::Conflict(Clash::OtherObject) if self.has_outlived(node, &record.op)? => {
+                Verdict::Same
+            }
+            verdict => verdict,
+        };
         log::trace!("{}: {node}:{} {:?}: {verdict:?}", self.name, seq.0, record.op);
         crash::point("apply-certified");
         if certify::is_of_others(self, node, &record.op, verdict)? {
@@ -201,6 +206,15 @@ impl Volume {
         }
         self.spool.remove(node, seq);
         Ok(())
+    }
+
+    /// Whether the object shows what the client itself did with it later, of which a power cut took
+    /// the record and left the effect: that comes again, too.
+    fn has_outlived(&mut self, node: u32, op: &Op) -> Result<bool> {
+        let Some(fid) = op.fid().filter(|_| self.cut) else { return Ok(false) };
+        let begun = self.lives.begun();
+        let is_its = |there: certify::Seen| there.meta.author == node && there.meta.stamp == begun;
+        Ok(self.find(fid)?.is_some_and(is_its))
     }
 
     /// What belongs to other contents than those that are there is not set.

@@ -80,6 +80,10 @@ impl Lives {
         };
         Stamp(base + (seq.0 - first))
     }
+    /// The first stamp of the newest life: after a power cut, of all whose own may be lost.
+    pub fn begun(&self) -> Stamp {
+        Stamp(self.0.last().map_or(0, |(_, base)| *base))
+    }
     /// The record that has, or would have, this stamp; `None`: it was lost, or never was.
     pub fn seq(&self, stamp: Stamp) -> Option<Seq> {
         let nth = self.0.partition_point(|(_, base)| *base <= stamp.0).checked_sub(1)?;
