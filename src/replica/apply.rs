@@ -166,7 +166,12 @@ impl Volume {
             return Ok(());
         }
         self.follow(node, &mut record.op)?;
-        let verdict = certify(self, (node, seq), &record, content)?;
+        let verdict = match certify(self, (node, seq), &record, content)? {
+            Verdict::Conflict(Clash::OtherObject) if self.has_outlived(node, &record.op)? => {
+                Verdict::Same
+            }
+            verdict => verdict,
+        };
         log::trace!("{}: {node}:{} {:?}: {verdict:?}", self.name, seq.0, record.op);
         crash::point("apply-certified");
         if certify::is_of_others(self, node, &record.op, verdict)? {
@@ -182,7 +187,6 @@ impl Volume {
             // The last power cut may have left it without its record, and without its last step.
             Verdict::Same if self.mark.is_some() => self.touch_again(&record)?,
             Verdict::Same => {}
-            Verdict::Conflict(_) if self.is_own_later(node, &record.op)? => {}
             Verdict::Alias(to) => {
                 if let Op::Rename { from, fid, .. } = &record.op {
                     // what it was to put there is there: its own goes
@@ -204,6 +208,25 @@ impl Volume {
         Ok(())
     }
 
+    /// Whether the object, or what stands in its place, shows what the client itself did later, of
+    /// which a power cut took the record and left the effect: that comes again, too. File systems
+    /// keep a sequence of changes up to some point: what came before it was there, and is over.
+    fn has_outlived(&mut self, node: u32, op: &Op) -> Result<bool> {
+        let Some(mark) = self.mark else { return Ok(false) };
+        let is_its = |meta: &Meta| meta.author == node && meta.stamp == mark;
+        if let Some(fid) = op.fid()
+            && self.find(fid)?.is_some_and(|there| is_its(&there.meta))
+        {
+            return Ok(true);
+        }
+        for place in op.places().into_iter().flatten() {
+            if self.standing(place)?.ok().flatten().is_some_and(|(meta, _)| is_its(&meta)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// What belongs to other contents than those that are there is not set.
     fn fit(&mut self, node: u32, op: &mut Op) -> Result<()> {
         if let Op::Setattr { fid, base, new, .. } = op
@@ -213,20 +236,6 @@ impl Volume {
             certify::fit(new, &there, node, *base);
         }
         Ok(())
-    }
-
-    /// Whether what stands in a record's way is a later change of its own author, whose record a
-    /// power cut took and whose effect it left. File systems keep a sequence of changes up to some
-    /// point: then the record's effect was there, too, and came to its end.
-    fn is_own_later(&mut self, node: u32, op: &Op) -> Result<bool> {
-        let Some(mark) = self.mark else { return Ok(false) };
-        for place in op.places().into_iter().flatten() {
-            let there = self.standing(place)?.ok().flatten();
-            if there.is_some_and(|(meta, _)| meta.author == node && meta.stamp == mark) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
     }
 
     /// Whether a record that was lost with the power, and redone at open, is to be applied when it
