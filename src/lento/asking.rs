@@ -249,6 +249,7 @@ impl Asker {
     pub fn on_give_back(
         &mut self,
         id: u64,
+        online: bool,
         shipper: &mut Shipper,
         line: &mut Line,
         now: Instant,
@@ -257,7 +258,9 @@ impl Asker {
             return Err(());
         }
         shipper.ask_all();
-        shipper.fill(line, now);
+        if online {
+            shipper.fill(line, now); // else it does so as soon as it is
+        }
         let (upto, until) = (shipper.settled(), now + policy::GIVE_BACK_MAX);
         self.recalls.push(Recall { id, upto, until });
         self.answer_recalls(shipper.acked(), line, now);

@@ -706,8 +706,9 @@ impl Client {
                 }
             }
             Message::GiveBack(_) if greeted => {
+                let online = self.is_online();
                 let (shipper, line) = (&mut self.shipper, &mut self.line);
-                if self.asker.on_give_back(id, shipper, line, now).is_err() {
+                if self.asker.on_give_back(id, online, shipper, line, now).is_err() {
                     self.close("the server asks for room too often", now);
                 }
             }

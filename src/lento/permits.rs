@@ -43,6 +43,8 @@ struct Holder {
     node: u32,
     rights: Rights,
     active_at: Instant,
+    /// it was told of all changes before it could read all
+    knows: bool,
     /// what it may do is not taken from it only because it asks for nothing
     keeps: bool,
     ghost: Option<Ghost>,
@@ -206,7 +208,7 @@ impl Server {
             // No connection will ever have such a number.
             let conn = ConnId(u32::MAX - 1 - at);
             let (node, keeps) = (*node, false);
-            let holder = Holder { node, rights, active_at: until, keeps, ghost };
+            let holder = Holder { node, rights, active_at: until, knows: false, keeps, ghost };
             permits.holders.insert(conn, holder);
         }
         permits.live = nodes.iter().copied().collect();
@@ -232,7 +234,8 @@ impl Server {
             }
         }
         let rights = Rights::default();
-        permits.holders.insert(conn, Holder { node, rights, active_at: now, keeps, ghost: None });
+        let (knows, ghost) = (false, None);
+        permits.holders.insert(conn, Holder { node, rights, active_at: now, knows, keeps, ghost });
         self.keep_live(no);
         self.has_come(no, node, acked, now);
     }
@@ -309,6 +312,9 @@ impl Server {
         let Some(peer) = self.peers.get(&conn) else { return };
         let (no, node) = (peer.volume, peer.node);
         self.is_active(no, conn, now);
+        if let Some(holder) = self.volumes[no].permits.holders.get_mut(&conn) {
+            holder.knows = false;
+        }
         if since.read_all {
             return self.wait((no, conn, node, id), Need::ReadAll, Some(since.into()), now);
         }
@@ -380,8 +386,9 @@ impl Server {
                 }
             }
             Message::Changes(changes) => {
-                let rights = self.volumes[no].permits.rights(conn);
-                changes.volume = rights.map_or(Mode::None, Rights::volume);
+                let Some(holder) = self.volumes[no].permits.holders.get_mut(&conn) else { return };
+                changes.volume = holder.rights.volume();
+                holder.knows = !changes.more;
             }
             _ => {}
         }
@@ -509,7 +516,9 @@ impl Server {
                 continue;
             }
             let blockers = self.blockers(no, conn, node, &need);
-            let free = || self.volumes[no].locking.has_only(node);
+            // Only who knows all changes may be given all.
+            let knows = || self.volumes[no].permits.holders.get(&conn).is_some_and(|h| h.knows);
+            let free = || knows() && self.volumes[no].locking.has_only(node);
             if need == Need::WriteAll && !(free() && self.all_idle(no, &blockers, now)) {
                 self.volumes[no].permits.queue.remove(at);
                 continue;
@@ -593,7 +602,6 @@ impl Server {
                 }
                 self.answer(conn, id, Granted { volume: Mode::None }.into());
                 self.bound_apart(no, now);
-                // Only who knows all changes may be given all.
                 let rights = self.volumes[no].permits.rights(conn);
                 if rights.is_some_and(|rights| rights.volume() == Mode::Read) {
                     self.wait((no, conn, node, 0), Need::WriteAll, None, now);

@@ -9,9 +9,11 @@
 //! a time, so that contents are read when they are sent and not before. After a failure or a new
 //! connection everything after `acked` is sent again.
 //!
-//! What was sent is frozen: the server may have it, though not durably, and what it has of it is
-//! passed over when it comes again. So nothing newer is optimised together with it: a file that the
-//! server has would stay there if its creation and its removal cancelled each other now.
+//! The server may have what was sent up to the end of any batch, though not durably, and passes over
+//! what it has when it comes again. So what is on both sides of such an end is never optimised
+//! together: a file that the server has would stay there if its creation and its removal cancelled
+//! each other now. How far it has `seen` the journal, which a new connection says, is such an end, too:
+//! a server that lost power may have a part of a batch.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -56,8 +58,8 @@ pub(super) struct Shipper {
     acked: Seq,
     sent: Seq,
     target: Seq,
-    /// the server may have all up to here
-    frozen: Seq,
+    /// the server may have all up to one of these, ascending
+    ends: VecDeque<Seq>,
     /// somebody else needs all up to here, settled or not
     recalled: Seq,
     settled: Seq,
@@ -81,7 +83,7 @@ impl Shipper {
             acked,
             sent: acked,
             target: acked,
-            frozen: acked,
+            ends: VecDeque::new(),
             recalled: Seq(0),
             settled: acked,
             ageing_since: None,
@@ -166,8 +168,8 @@ impl Shipper {
         let may = !self.cutting && self.rest_until.is_none();
         if may && self.sent < self.target && self.in_flight.len() < policy::WINDOW {
             self.cutting = true;
-            let is_frozen = self.sent < self.frozen;
-            let upto = if is_frozen { self.target.min(self.frozen) } else { self.target };
+            let end = self.ends.iter().find(|end| **end > self.sent);
+            let upto = end.map_or(self.target, |end| self.target.min(*end));
             line.effect(Effect::CutBatch { after: self.sent, upto });
         }
     }
@@ -188,8 +190,15 @@ impl Shipper {
         let upto = batch.upto;
         let id = line.ask(Ask::Batch, None, batch.into());
         self.in_flight.push_back(InFlight { id, upto, len });
-        (self.sent, self.frozen) = (upto, self.frozen.max(upto));
+        self.sent = upto;
+        self.note_end(upto);
         self.fill(line, now);
+    }
+
+    fn note_end(&mut self, end: Seq) {
+        if let Err(at) = self.ends.binary_search(&end) {
+            self.ends.insert(at, end);
+        }
     }
 
     /// The server fetches contents: shipping moves.
@@ -211,6 +220,7 @@ impl Shipper {
         }
         (self.moved_at, self.fails) = (now, 0);
         self.acked = self.acked.max(upto);
+        self.ends.retain(|end| *end > upto);
         self.sent = self.sent.max(upto);
         self.target = self.target.max(upto);
         if whole.is_some_and(|whole| upto < whole) { Heard::Short } else { Heard::All }
@@ -232,7 +242,7 @@ impl Shipper {
         if theirs.max(seen) > self.settled {
             return false;
         }
-        self.frozen = self.frozen.max(seen);
+        self.note_end(seen);
         self.in_flight.clear();
         self.rest_until = None;
         self.moved_at = now;

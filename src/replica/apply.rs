@@ -159,7 +159,8 @@ impl Volume {
             if record.op != change.record.op {
                 // nor does the author have in its own objects what others gave to these
                 out.also.extend(record.op.touched());
-                out.conflicts.extend(record.op.touched());
+                let own = |fid: &Fid| change.record.op.touched().any(|own| own == *fid);
+                out.conflicts.extend(record.op.touched().filter(|fid| !own(fid)));
             }
         }
         if seq <= self.nodes.seen(node) && !self.comes_again(&record.op)? {
@@ -233,7 +234,7 @@ impl Volume {
             && (new.size.is_some() || new.atime.is_some() || new.mtime.is_some())
             && let Some(there) = self.find(*fid)?
         {
-            certify::fit(new, &there, node, *base);
+            certify::fit(new, &there, node, self.known(*base));
         }
         Ok(())
     }

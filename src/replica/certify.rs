@@ -69,6 +69,14 @@ impl Seen {
     fn kind(&self) -> Kind {
         Kind::of(self.attr.mode)
     }
+    /// Whether nobody but `node` has changed it after the version `base`. What was lost nobody knows.
+    fn is_current(&self, node: u32, base: Option<Stamp>) -> bool {
+        base.is_some_and(|base| self.meta.is_current(node, base))
+    }
+    /// The same of its contents.
+    fn has_current_data(&self, node: u32, base: Option<Stamp>) -> bool {
+        base.is_some_and(|base| self.meta.has_current_data(node, base))
+    }
     /// A file that loses its bytes with the name in question.
     fn is_last_name(&self) -> bool {
         self.kind() == Kind::File && self.attr.nlink == 1
@@ -78,6 +86,9 @@ impl Seen {
 /// What certification asks of a tree.
 pub trait View {
     type Error;
+    /// The version that a record is based on; `None` when the server has lost it with its power: what
+    /// the record's author saw in it may be different from all that there ever was.
+    fn known(&self, base: Stamp) -> Option<Stamp>;
     /// What stands at a place; a clash when its directory is not there.
     fn stands(&mut self, at: &Place) -> Result<Result<Option<Seen>, Clash>, Self::Error>;
     /// The object, wherever it stands; `None` when it has no name.
@@ -141,8 +152,8 @@ pub fn certify<V: View>(
         }
         Op::Unlink { at, gone } | Op::Rmdir { at, gone } => certify_removal(view, node, at, gone),
         Op::Setattr { fid, base, new, old } => {
-            let there = view.find(*fid)?;
-            Ok(certify_there(there.as_ref(), |there| certify_attr(there, node, *base, new, old)))
+            let (there, base) = (view.find(*fid)?, view.known(*base));
+            Ok(certify_there(there.as_ref(), |there| certify_attr(there, node, base, new, old)))
         }
         Op::Setxattr { fid, base, name, old, .. } | Op::Removexattr { fid, base, name, old } => {
             if name == view.own_key() {
@@ -152,14 +163,14 @@ pub fn certify<V: View>(
                 Op::Setxattr { value, .. } => Some(value),
                 _ => None,
             };
-            let now = view.xattr(*fid, name)?;
+            let (now, base) = (view.xattr(*fid, name)?, view.known(*base));
             Ok(certify_there(view.find(*fid)?.as_ref(), |there| {
                 let last_wins = there.kind() == Kind::Dir;
                 if last_wins || now.as_ref() == Some(old) {
                     Apply
                 } else if now.as_ref().is_some_and(|now| now.as_ref() == value) {
                     Same
-                } else if there.meta.is_current(node, *base) {
+                } else if there.is_current(node, base) {
                     Apply
                 } else {
                     Conflict(Clash::Changed)
@@ -167,9 +178,9 @@ pub fn certify<V: View>(
             }))
         }
         Op::Store { fid, base, size, ranges, .. } => {
-            let there = view.find(*fid)?;
+            let (there, base) = (view.find(*fid)?, view.known(*base));
             let verdict = certify_there(there.as_ref(), |there| {
-                let fits = there.meta.has_current_data(node, *base);
+                let fits = there.has_current_data(node, base);
                 if fits { Apply } else { Conflict(Clash::Changed) }
             });
             match (verdict, there) {
@@ -194,14 +205,14 @@ fn certify_there(there: Option<&Seen>, judge: impl FnOnce(&Seen) -> Verdict) -> 
 fn certify_attr(
     there: &Seen,
     node: u32,
-    base: Stamp,
+    base: Option<Stamp>,
     new: &record::Change,
     old: &record::Change,
 ) -> Verdict {
     if there.kind() == Kind::Dir {
         return Apply;
     }
-    let current = there.meta.is_current(node, base);
+    let current = there.is_current(node, base);
     if !current && is_set(new, &there.attr) {
         return Same;
     }
@@ -211,7 +222,7 @@ fn certify_attr(
     let fit = fits(new.mode, old.mode, there.attr.mode & 0o7777)
         && fits(new.uid, old.uid, there.attr.uid)
         && fits(new.gid, old.gid, there.attr.gid);
-    let has_data = there.meta.has_current_data(node, base);
+    let has_data = there.has_current_data(node, base);
     if !fit || (new.size.is_some_and(|size| size != there.attr.size) && !has_data) {
         return Conflict(Clash::Changed);
     }
@@ -225,14 +236,19 @@ fn without_contents(new: &record::Change) -> record::Change {
 
 /// Leaves to contents that somebody else has made their size, which was to be the same, and their
 /// times.
-pub fn fit(new: &mut record::Change, there: &Seen, node: u32, base: Stamp) {
-    if there.kind() != Kind::Dir && !there.meta.has_current_data(node, base) {
+pub fn fit(new: &mut record::Change, there: &Seen, node: u32, base: Option<Stamp>) {
+    if there.kind() != Kind::Dir && !there.has_current_data(node, base) {
         *new = without_contents(new);
     }
 }
 
+fn whole(size: u64) -> Range {
+    Range { at: 0, len: size }
+}
+
 /// Whether a record with this verdict is about contents, and not about those that are there. Its
-/// node has other contents then, and must hear so, even if what it asked for is there already.
+/// node has other contents then, and must hear so, even if what it asked for is there already (but for
+/// a store of the whole file).
 ///
 /// # Errors
 /// The tree cannot be read.
@@ -243,12 +259,14 @@ pub fn is_of_others<V: View>(
     verdict: Verdict,
 ) -> Result<bool, V::Error> {
     let (fid, base) = match (op, verdict) {
-        (Op::Store { fid, base, .. }, Same) => (fid, base),
+        (Op::Store { fid, base, size, ranges, .. }, Same) if ranges[..] != [whole(*size)] => {
+            (fid, base)
+        }
         (Op::Setattr { fid, base, new, .. }, Apply | Same) if new.size.is_some() => (fid, base),
         _ => return Ok(false),
     };
-    let there = view.find(*fid)?;
-    Ok(there.is_some_and(|there| !there.meta.has_current_data(node, *base)))
+    let (there, base) = (view.find(*fid)?, view.known(*base));
+    Ok(there.is_some_and(|there| !there.has_current_data(node, base)))
 }
 
 /// What at the name counts as the outcome of a creation.
@@ -323,7 +341,7 @@ fn certify_rename<V: View>(
         (_, Some(there)) if there.meta.fid == fid => Apply,
         (Over::Nothing { .. }, Some(_)) => Conflict(Clash::NameTaken),
         (Over::Replaced(gone), Some(there)) => {
-            let current = there.meta.has_current_data(node, gone.base);
+            let current = there.has_current_data(node, view.known(gone.base));
             match there.meta.fid == gone.fid {
                 false => Conflict(Clash::NameTaken),
                 true if there.is_last_name() && !current => Conflict(Clash::Changed),
@@ -356,7 +374,7 @@ fn certify_removal<V: View>(
             Some(_) => Conflict(Clash::OtherObject),
         },
         Ok(Some(there)) => {
-            let current = there.meta.has_current_data(node, gone.base);
+            let current = there.has_current_data(node, view.known(gone.base));
             let lost = there.is_last_name() && !current;
             if lost { Conflict(Clash::Changed) } else { Apply }
         }
@@ -376,6 +394,9 @@ fn is_set(new: &record::Change, attr: &Attr) -> bool {
 impl View for Volume {
     type Error = VolumeError;
 
+    fn known(&self, base: Stamp) -> Option<Stamp> {
+        (!self.lives.is_lost(base)).then_some(base)
+    }
     fn stands(&mut self, at: &Place) -> volume::Result<Result<Option<Seen>, Clash>> {
         Ok(self.standing(at)?.map(|there| there.map(seen)))
     }

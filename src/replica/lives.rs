@@ -88,6 +88,10 @@ impl Lives {
         let lost = self.0.get(nth + 1).is_some_and(|(next, _)| seq >= *next);
         (!lost).then_some(Seq(seq))
     }
+    /// Whether the stamp was given to a record that this history has not.
+    pub fn is_lost(&self, stamp: Stamp) -> bool {
+        stamp.0 >= self.0[0].1 && self.seq(stamp).is_none()
+    }
 
     /// A new life behind the record `last`. `cut`: records behind it may have been lost. `kept`: the
     /// oldest record that there is.
@@ -148,6 +152,7 @@ mod tests {
         // all behind 700 is lost
         lives.begin(Seq(700), true, Seq(1));
         assert_eq!(lives.seq(given), None, "the record that it named is lost");
+        assert!(lives.is_lost(given) && !lives.is_lost(Stamp(b.0 + 199)));
         assert_eq!(lives.seq(Stamp(b.0 + 199)), Some(Seq(700)));
         assert!(lives.stamp(Seq(701)).0 > given.0 + (1 << 20));
         assert_eq!(lives.seq(lives.stamp(Seq(701))), Some(Seq(701)));
@@ -185,6 +190,7 @@ mod tests {
         lives.begin(Seq(400), false, Seq(250));
         assert_eq!(lives.table().iter().map(|life| life.0).collect::<Vec<_>>(), [201, 301, 401]);
         assert_eq!(lives.seq(Stamp(7)), None);
+        assert!(!lives.is_lost(Stamp(7)), "only too old");
         assert_eq!(lives.stamp(Seq(7)), Stamp(0));
         for n in 0..5000 {
             lives.begin(Seq(1000 + n), false, Seq(250));

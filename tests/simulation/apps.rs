@@ -319,7 +319,8 @@ impl Filter<'_> {
         }
     }
     fn is_ours(&self, fid: Fid) -> bool {
-        self.cache.has_own(|op| op.fid() == Some(fid)) || self.cache.writers.contains_key(&fid)
+        let about = |op: &Change_| op.fid() == Some(fid) || op.other() == Some(fid);
+        self.cache.has_own(about) || self.cache.writers.contains_key(&fid)
     }
     fn note_mode(&mut self, fid: Fid) {
         if let Some(node) = self.cache.tree.get(fid)

@@ -563,6 +563,9 @@ impl Cache {
     }
     /// What rests without a name goes, unless something of it is not at the server.
     fn clear_limbo(&mut self, acked: Seq) {
+        if self.pending.is_letting_go() {
+            return; // that may be it
+        }
         let resting: Vec<Fid> = self.limbo.iter().copied().collect();
         for fid in resting {
             if self.writers.contains_key(&fid) || self.is_needed(fid, acked) {

@@ -55,12 +55,12 @@ impl World {
             ));
         }
     }
-    /// What one client may change, no other may change or read.
+    /// What one client may change, no other may change or read. (Of what is gone the server keeps no
+    /// account; what is not there yet only its maker has.)
     fn check_permits(&mut self) {
         let live = |client: &&Client| client.is_online() && !self.stopped.contains_key(&client.no);
         let clients: Vec<&Client> = self.clients.iter().filter(live).collect();
-        let mut fids: BTreeSet<Fid> = self.server.volume.tree.nodes().map(|n| n.meta.fid).collect();
-        fids.extend(clients.iter().flat_map(|c| c.cache.tree.nodes().map(|n| n.meta.fid)));
+        let fids: BTreeSet<Fid> = self.server.volume.tree.nodes().map(|n| n.meta.fid).collect();
         for (nth, a) in clients.iter().enumerate() {
             for b in &clients[nth + 1..] {
                 let modes = |fid: Fid| (a.cache.acts(fid), b.cache.acts(fid));
@@ -106,6 +106,7 @@ impl World {
             let client = &self.clients[nth];
             client.check_waits(&mut self.ctx);
             let trouble = self.server.full_until.max(self.server.slow_until);
+            let trouble = trouble.max(self.ctx.late_until);
             let troubled =
                 now < trouble + REST_AFTER_FULL + SHIP_MAX || self.server.machine.is_none();
             let healthy = client.healthy_since.is_some_and(|since| now > since + 2 * SHIP_MAX);

@@ -143,14 +143,22 @@ impl History {
             }
         }
     }
-    /// The server lost what came after `upto`, and these before it.
-    pub fn lost(&mut self, upto: Stamp, also: &[Stamp]) {
-        let is_lost = |stamp: &Stamp| *stamp > upto || also.contains(stamp);
+    /// The server lost these.
+    pub fn lost(&mut self, stamps: &[Stamp]) {
+        let is_lost = |stamp: &Stamp| stamps.contains(stamp);
         for versions in self.versions.values_mut() {
             versions.retain(|v| !is_lost(&v.stamp));
         }
         for waiting in self.waiting.values_mut() {
             waiting.retain(|change| !is_lost(&change.stamp));
+        }
+    }
+    /// What a new life has of contents that were in doubt, behind `kept`: perhaps none that ever was.
+    pub fn recovered(&mut self, tree: &Tree, kept: Stamp) {
+        for file in tree.nodes().filter(|node| !node.is_dir() && node.meta.data > kept) {
+            let (key, value) = (Key::Data(file.meta.fid), Value::Bytes(file.data.clone()));
+            let version = Version { stamp: file.meta.data, node: 0, value, known_at: None };
+            self.versions.entry(key).or_default().push(version);
         }
     }
     /// The newest change of the object by another node that its writer knows of.

@@ -95,9 +95,10 @@ impl Server {
             ctx.die(conn, true, power);
         }
         if power {
-            let durable = self.durable.clone();
+            let (durable, kept) = (self.durable.clone(), self.durable.stamp());
             let (volume, lost) = durable.after_power_cut(&self.volume, &mut ctx.rng);
-            ctx.history.lost(volume.stamp(), &lost);
+            ctx.history.lost(&lost);
+            ctx.history.recovered(&volume.tree, kept);
             self.volume = volume;
         }
         if is_planted(Fault::CursorApart) {

@@ -30,6 +30,17 @@ struct Logged {
     /// each range stands at its place in it, and not all in a row
     spooled: bool,
     done: bool,
+    loss: Loss,
+}
+
+/// What a loss of power made of a place in the history (replica's lives.rs).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Loss {
+    None,
+    /// the record is gone, and its stamp is never given again
+    Gone,
+    /// here the history went on
+    Mark,
 }
 
 #[derive(Clone, Default, Debug)]
@@ -235,7 +246,8 @@ impl Volume {
         let last = self.stamp();
         let (fids, volume) = (Vec::new(), Mode::None);
         let mut changes = Changes { fids, upto: last, more: false, lost: false, volume };
-        if stamp > last || stamp.0 + 1 < self.first.0 {
+        let is_cut = |nth: u64| self.log[nth as usize].loss != Loss::None;
+        if stamp > last || stamp.0 + 1 < self.first.0 || (stamp.0..last.0).any(is_cut) {
             changes.lost = true;
             return changes;
         }
@@ -303,8 +315,12 @@ impl Volume {
     fn note_seq(&mut self, node: u32, seq: Seq) {
         let origin = Origin { node, seq };
         let record = Record { time_ns: 0, origin, uid: 0, gid: 0, path: Vec::new(), op: Op::Noop };
-        self.log.push(Rc::new(Logged { record, content: None, spooled: false, done: true }));
+        self.put_log(record, Loss::None);
         self.note(node, seq, true);
+    }
+    /// A record that changes nothing.
+    fn put_log(&mut self, record: Record, loss: Loss) {
+        self.log.push(Rc::new(Logged { record, content: None, spooled: false, done: true, loss }));
     }
 
     fn apply_one(
@@ -327,9 +343,17 @@ impl Volume {
         map_fids(&mut record.op, |fid| aliases.get(&fid).copied().unwrap_or(fid));
         if record.op != change.record.op {
             out.also.extend(record.op.touched());
-            out.conflicts.extend(record.op.touched());
+            let own = |fid: &Fid| change.record.op.touched().any(|own| own == *fid);
+            out.conflicts.extend(record.op.touched().filter(|fid| !own(fid)));
         }
-        if seq <= state.seen && !matches!(record.op, Op::Store { .. }) {
+        // contents that come again undo what was set after them
+        let is_file = |fid: &Fid| self.tree.get(*fid).is_some_and(|node| !node.is_dir());
+        let comes_again = match &record.op {
+            Op::Store { .. } => true,
+            Op::Setattr { fid, .. } => is_file(fid),
+            _ => false,
+        };
+        if seq <= state.seen && !comes_again {
             self.outcomes.entry((node, seq)).or_insert(Outcome::NotNeeded);
             return Ok(());
         }
@@ -356,7 +380,7 @@ impl Volume {
                 if let Op::Setattr { fid, base, new, .. } = &mut record.op
                     && let Some(there) = self.tree.get(*fid)
                 {
-                    certify::fit(new, &seen(there), node, *base);
+                    certify::fit(new, &seen(there), node, self.known(*base));
                 }
                 self.carry_out(record, content, out, watch)
             }
@@ -390,7 +414,13 @@ impl Volume {
         let done = self.perform(&record, content, bytes.as_deref(), stamp);
         let (record_again, spooled) = (record.clone(), content == Content::Spooled);
         let done_ok = done.is_ok();
-        let logged = Logged { record: record_again, content: bytes, spooled, done: done_ok };
+        let logged = Logged {
+            record: record_again,
+            content: bytes,
+            spooled,
+            done: done_ok,
+            loss: Loss::None,
+        };
         self.log.push(Rc::new(logged));
         if done.is_err() {
             // what the file system refuses, it refuses for ever
@@ -536,11 +566,11 @@ impl Volume {
 
     /// What a new life finds after a loss of power: `self` is what the disk had for sure, `now` what
     /// memory had. Some of the history in between is there, and some contents of it. Also the
-    /// stamps of contents that are lost.
+    /// stamps that are lost, or whose contents are.
     pub fn after_power_cut(mut self, now: &Volume, rng: &mut Rng) -> (Volume, Vec<Stamp>) {
         let (from, to) = (self.log.len(), now.log.len());
         let survives = rng.within(from as u64, to as u64) as usize;
-        let mut lost = Vec::new();
+        let (mut lost, mut half_written) = (Vec::new(), Vec::new());
         self.next_fid = now.next_fid;
         self.hidden.clone_from(&now.hidden);
         self.by_incarnation.clone_from(&now.by_incarnation);
@@ -558,6 +588,7 @@ impl Volume {
             }
             if entry.done && is_store && rng.one_in(2) {
                 lost.push(stamp);
+                half_written.extend(entry.record.op.fid().map(|fid| (fid, node)));
             } else if entry.done {
                 let bytes = entry.content.as_deref();
                 let content = if entry.spooled { Content::Spooled } else { Content::None };
@@ -580,7 +611,42 @@ impl Volume {
         for (fid, (node, stamp)) in std::mem::take(&mut self.touched) {
             self.restamp(fid, node, stamp, false); // a directory has no data
         }
+        // bytes are not missed of what was removed or stored since by who had seen them
+        let is_missed = |stamp: &Stamp| {
+            let (nth, fid) = (stamp.0 as usize, now.log[stamp.0 as usize - 1].record.op.fid());
+            let is_again = |entry: &Rc<Logged>| {
+                matches!(entry.record.op, Op::Store { .. }) && entry.record.op.fid() == fid
+            };
+            fid.is_some_and(|fid| self.is_there(fid)) && !now.log[nth..].iter().any(is_again)
+        };
+        lost.retain(is_missed);
+        lost.extend((survives..to).map(|nth| Stamp(nth as u64 + 1)));
+        self.go_on_after_loss(to - survives, (Stamp(from as u64), &half_written));
         (self, lost)
+    }
+    /// The history goes on behind what may have been lost: what clients were shown of it is no version
+    /// any more (replica's redo.rs).
+    fn go_on_after_loss(&mut self, gone: usize, (kept, half_written): (Stamp, &[(Fid, u32)])) {
+        let (time_ns, origin, op) = (0, Origin::default(), Op::Noop);
+        let record = Record { time_ns, origin, uid: 0, gid: 0, path: Vec::new(), op };
+        for _ in 0..gone {
+            self.put_log(record.clone(), Loss::Gone);
+        }
+        self.put_log(record.clone(), Loss::Mark);
+        let mark = self.stamp();
+        let newer = |stamp: &mut Stamp| *stamp = if *stamp > kept { mark } else { *stamp };
+        let fids: Vec<Fid> = self.tree.nodes().map(|node| node.meta.fid).collect();
+        for fid in fids {
+            if let Some(node) = self.tree.edit(fid) {
+                newer(&mut node.meta.stamp);
+                newer(&mut node.meta.data);
+            }
+        }
+        for (fid, node) in half_written {
+            self.put_log(record.clone(), Loss::None);
+            let stamp = self.stamp();
+            self.restamp(*fid, *node, stamp, true);
+        }
     }
 }
 
@@ -608,6 +674,10 @@ fn copy_ranges(from: &[u8], to: &mut Node, ranges: &[Range]) {
 impl View for Volume {
     type Error = std::convert::Infallible;
 
+    fn known(&self, base: Stamp) -> Option<Stamp> {
+        let entry = base.0.checked_sub(1).and_then(|nth| self.log.get(nth as usize));
+        (!entry.is_some_and(|entry| entry.loss == Loss::Gone)).then_some(base)
+    }
     fn stands(&mut self, at: &Place) -> Result<Result<Option<certify::Seen>, Clash>, Self::Error> {
         Ok(match self.tree.get(at.dir) {
             Some(dir) if dir.is_dir() => {

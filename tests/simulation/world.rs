@@ -126,6 +126,8 @@ pub struct Ctx {
     conns: Vec<Conn>,
     /// nothing passes between the client and the server until then
     parted_until: Vec<Micros>,
+    /// what was sent before it was healed may come until then
+    pub late_until: Micros,
     server_down: Option<bool>,
     begin: Instant,
     client_wake: Vec<Micros>,
@@ -327,6 +329,7 @@ impl World {
             no: 0,
             conns: Vec::new(),
             parted_until: vec![0; plan.clients],
+            late_until: 0,
             server_down: None,
             begin: Instant::now() + Duration::from_secs(1000),
             client_wake: vec![0; plan.clients],
@@ -555,6 +558,7 @@ impl World {
         let ctx = &mut self.ctx;
         ctx.tell(|| "everything is healed".to_owned());
         self.healed_at = Some(ctx.now);
+        ctx.late_until = ctx.parted_until.iter().copied().max().unwrap_or(0);
         ctx.parted_until.fill(0);
         self.server.full_until = self.server.full_until.min(ctx.now);
         self.server.slow_until = self.server.slow_until.min(ctx.now);

@@ -650,7 +650,7 @@ fn after_a_reconnect_it_sends_what_the_server_does_not_have() {
 // the server's tree; 12 is the newest that the server has seen from a life before this one.
 #[test]
 fn what_the_server_may_have_is_not_optimised_with_what_is_new() {
-    for (seen, first) in [(Seq(0), 10), (Seq(12), 12)] {
+    for (seen, cuts) in [(Seq(0), &[10, 30][..]), (Seq(12), &[10, 12, 30])] {
         let mut rig = Rig::online(0, 30);
         rig.effects();
         rig.client.on_ship_now(rig.now);
@@ -665,9 +665,12 @@ fn what_the_server_may_have_is_not_optimised_with_what_is_new() {
         let (upto, volume) = (Stamp(50), Mode::Read);
         rig.answer(since.0, Changes { fids: vec![], upto, more: false, lost: false, volume });
         let cut = |after, upto| Effect::CutBatch { after: Seq(after), upto: Seq(upto) };
-        assert_eq!(rig.effects().last(), Some(&cut(0, first)));
-        rig.client.on_batch_cut(batch(0, first), 0, rig.now);
-        assert_eq!(rig.effects().last(), Some(&cut(first, 30)));
+        let mut after = 0;
+        for upto in cuts {
+            assert_eq!(rig.effects().last(), Some(&cut(after, *upto)));
+            rig.client.on_batch_cut(batch(after, *upto), 0, rig.now);
+            after = *upto;
+        }
     }
 }
 
@@ -909,15 +912,51 @@ fn who_lacks_room_waits_for_a_server_that_is_away_as_long_as_anybody() {
     assert!(rig.effects().contains(&no_room));
 }
 
-#[test]
-fn while_it_catches_up_nobody_is_woken_for_what_goes_out_later() {
-    let mut rig = Rig::new(0, 3);
+/// A rig that catches up, with room reserved.
+fn catching_up(settled: u64) -> Rig {
+    let mut rig = Rig::new(0, settled);
     rig.client.set_grant(Grant::new(Kept::default(), false));
     rig.connect();
     let (id, _) = rig.sent().remove(0);
-    let none = Room::NONE;
-    let (epoch, granted, returned, keep_ms) = (1, none, none, 100_000);
+    let (epoch, granted, returned, keep_ms) = (1, Room::NONE, Room::NONE, 100_000);
     let room = Some(RoomTerms { epoch, granted, returned, ample: false, short: false, keep_ms });
-    rig.answer(id, Welcome { room, ..welcome(2, 50) });
+    rig.answer(id, Welcome { room, ..welcome(0, 50) });
+    rig
+}
+
+#[test]
+fn while_it_catches_up_nobody_is_woken_for_what_goes_out_later() {
+    let mut rig = catching_up(3);
     rig.pass(policy::TELL_AFTER.as_millis() as u64 + 1); // `pass` looks at it
+}
+
+#[test]
+fn asked_for_room_while_it_catches_up_it_ships_afterwards() {
+    let mut rig = catching_up(3);
+    let (since, _) = rig.sent().pop().unwrap();
+    rig.client.on_message(9, false, GiveBack {}.into(), rig.now);
+    let is_cut = |e: &Effect| matches!(e, Effect::CutBatch { .. });
+    assert!(!rig.effects().iter().any(is_cut), "its batch would be thrown away");
+    let (fids, upto) = (Vec::new(), Stamp(50));
+    let volume = Mode::Read;
+    rig.answer(since, Changes { fids, upto, more: false, lost: false, volume });
+    assert!(rig.effects().iter().any(is_cut));
+}
+
+// Found by the simulation: history 51302.
+#[test]
+fn what_was_sent_in_two_batches_is_not_cut_as_one() {
+    let mut rig = Rig::online(0, 30);
+    rig.client.on_ship_now(rig.now);
+    rig.client.on_batch_cut(batch(0, 10), 0, rig.now);
+    rig.client.on_batch_cut(batch(10, 20), 0, rig.now);
+    let last = rig.sent().pop().unwrap();
+    rig.answer(last.0, Failed { code: Code::NoSpace, what: "full".into() });
+    rig.effects();
+    rig.pass(1000);
+    for (after, upto) in [(0, 10), (10, 20), (20, 30)] {
+        let cut = Effect::CutBatch { after: Seq(after), upto: Seq(upto) };
+        assert_eq!(rig.effects().last(), Some(&cut));
+        rig.client.on_batch_cut(batch(after, upto), 0, rig.now);
+    }
 }
