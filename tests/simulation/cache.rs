@@ -36,6 +36,8 @@ struct Durable {
     acked: Seq,
     current: Stamp,
     upto: usize,
+    /// files that were written to and not stored
+    unsaved: Vec<Fid>,
 }
 
 /// A file that is open for writing.
@@ -559,6 +561,7 @@ impl Cache {
             acked,
             current,
             upto: self.journal.len(),
+            unsaved: self.writers.keys().copied().filter(|fid| self.is_unsaved(*fid)).collect(),
         };
     }
     /// What rests without a name goes, unless something of it is not at the server.
@@ -621,7 +624,8 @@ impl Cache {
     /// The machine lost power. Returns the records whose contents are lost, and the first record
     /// that is lost altogether.
     pub fn power_cut(&mut self, rng: &mut Rng) -> (Vec<Seq>, Seq) {
-        let open: Vec<Fid> = self.writers.keys().copied().collect();
+        let mut open: BTreeSet<Fid> = self.writers.keys().copied().collect();
+        open.extend(&self.durable.unsaved);
         self.writers.clear();
         let survives = rng.within(self.synced as u64, self.journal.len() as u64) as usize;
         let durable = self.durable.clone();

@@ -253,7 +253,8 @@ fn no_record_lacks_room() {
         let _ = world.run();
         world.ctx.story.take().unwrap().iter().filter(is_full).count()
     };
-    assert!((0..20).map(full).sum::<usize>() > 100, "the disks are never full");
+    let count: usize = (0..80).map(full).sum();
+    assert!(count > 50, "the disks are seldom full: {count} times");
 }
 
 #[cfg(feature = "planted-faults")]
