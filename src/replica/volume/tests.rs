@@ -386,7 +386,7 @@ fn two_stores_conflict_and_both_are_kept() {
     // what comes behind it is not blocked, and equal contents are no conflict
     rig.ok(1, create(ROOT, "g", f(1, 2)));
     let out = rig.store(1, f(1, 1), base, b"from two, again");
-    assert_eq!(out.conflicts, [f(1, 1)], "it hears that they are not its own");
+    assert!(out.conflicts.is_empty());
     assert_eq!(rig.v().conflicts(), 1);
     rig.kill();
     rig.open();
