@@ -142,13 +142,14 @@ impl Client {
         if power {
             let (contents, first) = self.cache.power_cut(&mut ctx.rng);
             self.written.retain(|w| w.seq < first && !contents.contains(&w.seq));
-            self.covered = self.covered.min(self.cache.last());
-            self.first.retain(|seq| *seq < first);
             ctx.tell(|| format!("c{}: records from {} on are lost", self.no, first.0));
         } else {
             self.cache.restart();
         }
         self.cache.heard = self.cache.acked;
+        // the next life knows nothing of what this one left out
+        self.covered = self.cache.acked;
+        self.first.retain(|seq| *seq <= self.cache.acked);
     }
     pub fn is_online(&self) -> bool {
         self.machine.as_ref().is_some_and(Machine::is_online)
