@@ -182,7 +182,7 @@ impl Volume {
             // The last power cut may have left it without its record, and without its last step.
             Verdict::Same if self.mark.is_some() => self.touch_again(&record)?,
             Verdict::Same => {}
-            Verdict::Conflict(_) if self.is_own_later(node, &record.op)? => {}
+            Verdict::Conflict(clash) if self.is_own_later(node, &record.op, clash)? => {}
             Verdict::Alias(to) => {
                 if let Op::Rename { from, fid, .. } = &record.op {
                     // what it was to put there is there: its own goes
@@ -215,14 +215,21 @@ impl Volume {
         Ok(())
     }
 
-    /// Whether what stands in a record's way is a later change of its own author, whose record a
-    /// power cut took and whose effect it left. File systems keep a sequence of changes up to some
+    /// Whether what stands in a record's way, or that its object is elsewhere, is a later change of its
+    /// own author, whose record a power cut took and whose effect it left. File systems keep a sequence of changes up to some
     /// point: then the record's effect was there, too, and came to its end.
-    fn is_own_later(&mut self, node: u32, op: &Op) -> Result<bool> {
+    fn is_own_later(&mut self, node: u32, op: &Op, clash: Clash) -> Result<bool> {
         let Some(mark) = self.mark else { return Ok(false) };
+        let is_own = |meta: &Meta| meta.author == node && meta.stamp == mark;
+        if clash == Clash::OtherObject
+            && let Some(fid) = op.fid()
+            && self.find(fid)?.is_some_and(|there| is_own(&there.meta))
+        {
+            return Ok(true);
+        }
         for place in op.places().into_iter().flatten() {
             let there = self.standing(place)?.ok().flatten();
-            if there.is_some_and(|(meta, _)| meta.author == node && meta.stamp == mark) {
+            if there.is_some_and(|(meta, _)| is_own(&meta)) {
                 return Ok(true);
             }
         }

@@ -739,6 +739,41 @@ fn what_a_power_cut_left_without_its_record_is_no_conflict() {
     assert!(!out.conflicts.is_empty());
 }
 
+/// Found by cutting the power: the tree shows a name's last state, and the records that led there
+/// come again, one after the other.
+#[test]
+fn what_outlived_its_records_is_no_conflict_with_them() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "e", f(1, 1)));
+    rig.ok(1, create(ROOT, "o", f(1, 3)));
+    rig.v().sync_job().run().unwrap();
+    rig.v().synced();
+    rig.copy(".imz/kml", false);
+    let ops = [
+        rename("e", "f", f(1, 1), FREE),
+        rename("f", "g", f(1, 1), FREE),
+        Op::Link { at: at(ROOT, "o2"), fid: f(1, 3), base: Stamp(0) },
+        unlink(ROOT, "o", f(1, 3), Stamp(0)),
+        create(ROOT, "o", f(1, 4)),
+    ];
+    ops.iter().for_each(|op| rig.ok(1, op.clone()));
+    rig.kill();
+    rig.copy(".imz/kml", true);
+    rig.another_boot();
+    rig.open();
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(2));
+    rig.seqs.insert(1, 2);
+    ops.iter().for_each(|op| rig.ok(1, op.clone()));
+    assert_eq!(rig.names(), ["g", "o", "o2"]);
+    assert_eq!((rig.fid("g"), rig.fid("o2")), (f(1, 1), f(1, 3)));
+    assert_eq!(rig.v().conflicts(), 0);
+    // in a life that was not cut it is one
+    rig.kill();
+    rig.open();
+    let out = rig.with(1, rename("o", "h", f(1, 1), FREE), Content::None);
+    assert!(!out.conflicts.is_empty());
+}
+
 /// Killed in the midst of a store: who has the version before it must not believe that it has what
 /// stands there.
 #[test]
