@@ -179,7 +179,7 @@ impl Volume {
                     count += 1;
                     if told.elapsed() >= TELL_EVERY {
                         told = Instant::now();
-                        log::info!("{}: {count} objects compared", self.name);
+                        log::warn!("{}: {count} objects compared", self.name);
                     }
                     found.object(past, spot);
                 }
