@@ -15,7 +15,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::In;
 use crate::kml::codec::{self, Outcome};
-use crate::kml::log::LogError;
+use crate::kml::log::{LogError, SEGMENT_LEN};
 use crate::kml::optimise::optimise;
 use crate::kml::record::{Op, Range, Record, Seq, Stamp};
 use crate::lento::message::{BATCH_RECORDS_MAX, Batch, INLINE_LEN_MAX, Item, PAGE_LEN};
@@ -32,7 +32,8 @@ use crate::sys::{Errno, clock, crash};
 const TOGETHER_MAX: usize = 16384;
 /// So much of the journal, and this part of the disk at most, is kept although the server has it: one
 /// that is restored from an older backup gets it again.
-const KEPT_LEN_MAX: u64 = 32 << 20;
+const KEPT_LEN_MAX: u64 =
+    if cfg!(feature = "crash-points") { SEGMENT_LEN as u64 } else { 32 << 20 };
 const KEPT_PART: u64 = 64;
 /// How long what vanished rests in limbo.
 const LIMBO_REST: Duration = Duration::from_secs(600);
