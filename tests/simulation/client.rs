@@ -147,8 +147,9 @@ impl Client {
             self.cache.restart();
         }
         self.cache.heard = self.cache.acked;
-        // the next life knows nothing of what this one left out
-        self.covered = self.cache.acked;
+        // The next life knows nothing of what this one left out: it may send that, to be passed over,
+        // and leave out what this one sent.
+        self.covered = self.covered.min(self.cache.last());
         self.first.retain(|seq| *seq <= self.cache.acked);
     }
     pub fn is_online(&self) -> bool {
