@@ -8,11 +8,12 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
-use super::filter::{Filter, Result, Spot, Stop, done, missing};
+use super::filter::{Filter, Found, Result, Spot, Stop, done, missing};
 use super::open::{Closed, Grip, Mark, Open, Way, open_backing};
 use crate::kml::record::{Fid, Op, PATH_LEN_MAX, ROOT, Range, Seq, Stamp, Time};
 use crate::lento::rights::Mode;
 use crate::replica::hydrate::CAPABILITY;
+use crate::replica::meta::Meta;
 use crate::replica::tree::TreeError;
 use crate::sys::cred::Caller;
 use crate::sys::fs::{self, Kind, o};
@@ -80,6 +81,18 @@ impl Filter {
             Ok(Way { fd, passthrough, writable, unseen, mark, blocks })
         };
         self.open_handle(fid, flags, way)
+    }
+
+    /// The first handle of a file that was made just now.
+    pub(super) fn open_new(&self, fd: OwnedFd, meta: &Meta, flags: i32) -> Result<(Found, Grip)> {
+        let stat = fs::fstat(&fd)?;
+        let (mark, blocks) = (Mark::of(&stat), stat.blocks);
+        let able = self.passthrough.load(Ordering::Relaxed);
+        let passthrough = able && self.kernel_may_move(flags, &stat);
+        let (writable, unseen) = (true, false);
+        let way = || Ok(Way { fd, passthrough, writable, unseen, mark, blocks });
+        let grip = self.open_handle(meta.fid, flags, way)?;
+        Ok((self.found(stat, meta), grip))
     }
 
     /// One more handle; a writer is noted where a kill cannot erase it.

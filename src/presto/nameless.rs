@@ -4,10 +4,8 @@
 //! what it is for others: a file is created, with these attributes and these data. Names are given
 //! to no other files without one: the kernel refuses that for those that have lost theirs.
 
-use std::sync::atomic::Ordering;
-
 use super::filter::{Filter, Found, Object, Result, Spot, done};
-use super::open::{Grip, Mark, Open, Way};
+use super::open::{Grip, Open};
 use crate::kml::record::{Change, Fid, Name, Op, Stamp};
 use crate::replica::ops::attr_of;
 use crate::replica::tree::Dir;
@@ -24,14 +22,7 @@ impl Filter {
         let meta = self.new_meta()?;
         let fd = as_caller(by, || fs::open(&*dir, b".", o::RDWR | o::TMPFILE, mode))?;
         self.cache.tree.set_meta_of(&fd, &meta)?;
-        let stat = fs::fstat(&fd)?;
-        let (mark, blocks) = (Mark::of(&stat), stat.blocks);
-        let able = self.passthrough.load(Ordering::Relaxed);
-        let passthrough = able && self.kernel_may_move(flags, &stat);
-        let (writable, unseen) = (true, false);
-        let way = || Ok(Way { fd, passthrough, writable, unseen, mark, blocks });
-        let grip = self.open_handle(meta.fid, flags, way)?;
-        Ok((self.found(stat, &meta), grip))
+        self.open_new(fd, &meta, flags)
     }
 
     /// Gives a file that was made without a name its first one. The caller holds the locks of

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::filter::{Filter, Found, Result, Spot, done, shown};
-use super::open::{Grip, Mark, Way};
+use super::open::Grip;
 use crate::kml::record::{Fid, Gone, Name, Op, Over, TARGET_LEN_MAX};
 use crate::lento::rights::Mode;
 use crate::replica::meta::Meta;
@@ -133,14 +133,7 @@ impl Filter {
         let path = self.cache.tree.path_of(&dir, &name);
         self.change(by, path, op, |when| {
             let fd = self.cache.tree.create(&dir, &name, by, mode, &meta, when)?;
-            let stat = fs::fstat(&fd)?;
-            let (mark, blocks) = (Mark::of(&stat), stat.blocks);
-            let able = self.passthrough.load(Ordering::Relaxed);
-            let passthrough = able && self.kernel_may_move(flags, &stat);
-            let (writable, unseen) = (true, false);
-            let way = || Ok(Way { fd, passthrough, writable, unseen, mark, blocks });
-            let grip = self.open_handle(meta.fid, flags, way)?;
-            Ok((self.found(stat, &meta), grip))
+            self.open_new(fd, &meta, flags)
         })
     }
 

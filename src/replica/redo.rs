@@ -9,8 +9,8 @@
 //!
 //! What clients were shown of it is no version any more, whether its record is lost, its effect, or
 //! neither (lives.rs): the history goes on with a record that says so, objects of which the tree has
-//! a version from behind the cursor get a new stamp (behind.rs), and so does a file that a store may have left
-//! half written, after a kill, too. Authors stay as they are: what comes again still fits.
+//! a version from behind the cursor get a new stamp (behind.rs), and so does a file that a store may
+//! have left half written, after a kill, too. Authors stay as they are: what comes again still fits.
 
 use super::apply::{Content, restamped};
 use super::meta::Meta;

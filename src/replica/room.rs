@@ -5,10 +5,10 @@
 //!   cache/.imz/room.json          what was granted to this cache, and what it gave back
 //! ```
 //!
-//! Each is small, has a checksum (state.rs), and is replaced whole by a rename. The book is synced: a power cut forgets no grant.
-//! The client's figures are not: after a power cut they may be old, and count for nothing until the
-//! server has spoken. A file that cannot be read counts as none, and says so. The figures mean
-//! something in lento (ledger.rs, grant.rs); here they are numbers.
+//! Each is small, has a checksum (state.rs), and is replaced whole by a rename. The book is synced: a
+//! power cut forgets no grant. The client's figures are not: after a power cut they may be old, and
+//! count for nothing until the server has spoken. A file that cannot be read counts as none, and
+//! says so. The figures mean something in lento (ledger.rs, grant.rs); here they are numbers.
 
 use std::collections::BTreeSet;
 use std::io;
