@@ -1,11 +1,14 @@
 //! An Andrew-style benchmark: a real source tree in a mount, and in the bare file system below.
 //!
 //!   cargo bench --bench andrew -- SOURCE_TREE [--rounds N] [--dir WHERE] [--json]
-//!                                 [--options OPTS] [--against OPTS] [--server-mib N]
+//!                                 [--options OPTS] [--against OPTS] [--filter PROGRAM]
+//!                                 [--server-mib N]
 //!
 //! `--options` are the mount's; with `--against` the other side is no bare file system but a second
-//! mount with these (`--against reserve=off`). `--server-mib` makes the servers' disks so large that
-//! room is scarce, or not.
+//! mount with these (`--against reserve=off`); with `--filter` it is a FUSE file system that passes
+//! on all it is asked, and no more: `passthrough_ll` of libfuse, or what takes the same arguments. Such
+//! a filter's times are what any filter costs here. `--server-mib` makes the servers' disks so large
+//! that room is scarce, or not.
 //!
 //! As root, each side gets an ext4 image of its own in /dev/shm (or in WHERE, on any disk);
 //! otherwise both work in WHERE. Server and mount are processes of the release binary. The two
@@ -19,13 +22,14 @@
 #![allow(clippy::unwrap_used)] // a failure ends the run, and says where
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 
 const PHASES: [&str; 12] = [
@@ -57,6 +61,8 @@ struct Args {
     options: String,
     /// options of a second mount, in place of the bare side
     against: Option<String>,
+    /// a filter of nothing, in place of the bare side
+    filter: Option<String>,
     server_mib: u64,
 }
 
@@ -105,6 +111,7 @@ fn arguments() -> Option<Args> {
         json: false,
         options: String::new(),
         against: None,
+        filter: None,
         server_mib: 8 << 10,
     };
     let mut words = std::env::args_os().skip(1);
@@ -115,6 +122,7 @@ fn arguments() -> Option<Args> {
             Some("--rounds") => args.rounds = words.next()?.to_str()?.parse().ok()?,
             Some("--options") => args.options = words.next()?.into_string().ok()?,
             Some("--against") => args.against = Some(words.next()?.into_string().ok()?),
+            Some("--filter") => args.filter = Some(words.next()?.into_string().ok()?),
             Some("--server-mib") => args.server_mib = words.next()?.to_str()?.parse().ok()?,
             Some("--dir") => args.dir = Some(words.next()?.into()),
             Some(word) if word.starts_with('-') => return None,
@@ -132,6 +140,7 @@ struct Work {
     stop: Arc<AtomicBool>,
     roots: [PathBuf; 2],
     mounts: Vec<Mounted>,
+    filter: Option<(Child, PathBuf)>,
     images: Vec<PathBuf>,
     base: PathBuf,
     is_root: bool,
@@ -175,7 +184,11 @@ impl Work {
             mounts.push(mounted(&base, "mount-2", &disks[0], &disks[3], options));
             roots[0] = mounts[1].point.join("work");
         }
-        Work { tree, stop, roots, mounts, images, base, is_root }
+        let filter = args.filter.as_ref().map(|program| filtered(&base, &disks[0], program));
+        if let Some((_, point)) = &filter {
+            roots[0] = point.join("work");
+        }
+        Work { tree, stop, roots, mounts, filter, images, base, is_root }
     }
 
     fn sync(&self) {
@@ -292,6 +305,11 @@ impl Drop for Work {
             let _ = server.kill();
             let _ = server.wait();
         }
+        if let Some((program, point)) = &mut self.filter {
+            let _ = Command::new("umount").arg("-l").arg(point).status();
+            let _ = program.kill();
+            let _ = program.wait();
+        }
         for image in &self.images {
             let _ = Command::new("umount").arg("-l").arg(image).status();
         }
@@ -323,6 +341,23 @@ fn mounted(base: &Path, name: &str, disk: &Path, served: &Path, options: &str) -
     let up = || Command::new(imz()).arg("status").arg(&point).output().unwrap().status;
     wait(|| up().success());
     Mounted { server, mount, point }
+}
+
+/// The bare side's disk, seen through a filter.
+fn filtered(base: &Path, disk: &Path, program: &str) -> (Child, PathBuf) {
+    let (source, point) = (disk.join("source"), base.join("filtered"));
+    for dir in [&source, &point] {
+        fs::create_dir(dir).unwrap();
+    }
+    // that of libfuse keeps a descriptor of each file that the kernel knows
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    let options = format!("source={},cache=always,xattr,timeout=86400", source.display());
+    let mut command = Command::new(program);
+    let program = command.args(["-f", "-o", &options]).arg(&point).spawn().unwrap();
+    let device = |path: &Path| fs::metadata(path).unwrap().dev();
+    wait(|| device(&point) != device(base));
+    (program, point)
 }
 
 fn make_disk(image: &Path, point: &Path, mib: u64) {
@@ -446,7 +481,14 @@ fn report(args: &Args, times: &[[Vec<f64>; 2]]) {
         println!("{:#}", json!({ "tree": args.tree, "rounds": args.rounds, "phases": rows }));
         return;
     }
-    println!("{:<20} {:>10} {:>10} {:>10} {:>10}", "phase", "bare s", "imz s", "imz/bare", "pairs");
+    let other = if args.filter.is_some() {
+        "filter s"
+    } else if args.against.is_some() {
+        "against s"
+    } else {
+        "bare s"
+    };
+    println!("{:<20} {:>10} {:>10} {:>10} {:>10}", "phase", other, "imz s", "ratio", "pairs");
     for (phase, bare, imz, ratio, pairs) in rows {
         println!("{phase:<20} {bare:>10.3} {imz:>10.3} {ratio:>10.3} {pairs:>10.3}");
     }
