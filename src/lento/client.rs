@@ -391,6 +391,8 @@ pub struct Client {
     asker: Asker,
     /// all breaks up to here have been processed
     current: Stamp,
+    /// where the last question after changes began
+    asked_from: Stamp,
     saved: Stamp,
     timeout: Duration,
     saved_at: Instant,
@@ -439,6 +441,7 @@ impl Client {
             asker: Asker::new(Grant::off()),
             timeout: settings.timeout,
             current,
+            asked_from: current,
             saved: current,
             saved_at: now,
             fails: 0,
@@ -866,7 +869,7 @@ impl Client {
     }
 
     fn on_changes(&mut self, ask: Ask, m: Changes, now: Instant) {
-        if m.more && m.upto <= self.current && !m.lost {
+        if m.more && m.upto <= self.asked_from && !m.lost {
             return self.close("the server's history does not advance", now);
         }
         if m.lost {
@@ -877,10 +880,11 @@ impl Client {
                 _ => Effect::MarkStale { break_id: None, fids: m.fids },
             });
         }
-        self.current = m.upto;
         if m.more && !m.lost {
+            // a power cut at the server may take back what it names: it is no place to begin from
             return self.since(ask, m.upto, now);
         }
+        self.current = m.upto;
         // What was recalled on the way is not given back with the volume.
         let recalled = std::mem::take(&mut self.recalled);
         let whole = recalled.iter().filter(|m| m.fids.is_empty()).map(|m| m.mode);

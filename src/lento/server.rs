@@ -597,8 +597,8 @@ impl Server {
         let Some(peer) = self.peers.get(&conn) else { return };
         let volume = &self.volumes[peer.volume];
         let message = match message {
-            // what a power cut may take back is no place to go on from
-            Message::Changes(mut changes) => {
+            // what a power cut may take back is no place to begin from, when the connection is gone
+            Message::Changes(mut changes) if !changes.more => {
                 changes.upto = changes.upto.min(volume.durable);
                 changes.into()
             }

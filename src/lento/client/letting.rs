@@ -104,6 +104,7 @@ impl Client {
     }
 
     pub(super) fn since(&mut self, ask: Ask, stamp: Stamp, now: Instant) {
+        self.asked_from = stamp;
         let read_all = ask == Ask::ReadAll;
         self.line.ask(ask, Some(now), Since { stamp, read_all }.into());
     }

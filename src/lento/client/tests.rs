@@ -176,7 +176,8 @@ fn catches_up_before_it_is_online() {
     );
     let effects = rig.effects();
     assert_eq!(effects[0], Effect::MarkStale { break_id: None, fids: vec![A] });
-    assert!(!rig.client.is_online() && rig.client.current() == Stamp(45));
+    // what a page names may not be durable
+    assert!(!rig.client.is_online() && rig.client.current() == Stamp(40));
     let Effect::Send { id, message, .. } = &effects[1] else { panic!("{effects:?}") };
     assert_eq!(*message, Since { stamp: Stamp(45), read_all: false }.into());
     rig.answer(
@@ -185,6 +186,21 @@ fn catches_up_before_it_is_online() {
     );
     assert_eq!(rig.effects(), [Effect::BumpEpoch, Effect::SetOnline(true)]);
     assert_eq!(rig.client.current(), Stamp(60));
+}
+
+#[test]
+fn a_history_that_does_not_advance_ends_the_connection() {
+    for (upto, is_sound) in [(41, true), (40, false), (39, false)] {
+        let mut rig = Rig::new(0, 0);
+        rig.connect();
+        let hello = rig.sent().pop().unwrap();
+        rig.answer(hello.0, welcome(0, 60));
+        let since = rig.sent().pop().unwrap();
+        let (fids, upto) = (vec![A], Stamp(upto));
+        rig.answer(since.0, Changes { fids, upto, more: true, lost: false, volume: Mode::Read });
+        let closes = rig.effects().iter().any(|e| matches!(e, Effect::Close { .. }));
+        assert_eq!(closes, !is_sound, "{upto:?}");
+    }
 }
 
 #[test]
