@@ -280,11 +280,14 @@ impl Filter {
         if mode == Mode::Write {
             self.changeable()?;
         }
-        match mode {
-            _ if !self.strict => Ok(()),
-            Mode::Write => self.permitted([open.fid].into_iter()),
-            _ => self.here(open.fid).map(drop),
+        if !self.strict {
+            return Ok(());
         }
+        if mode == Mode::Write {
+            self.permitted([open.fid].into_iter())?;
+        }
+        // others may have changed it before the right came back
+        self.here(open.fid).map(drop)
     }
 
     pub fn read(&self, open: &Open, at: u64, len: u32) -> Result<Vec<u8>> {

@@ -220,7 +220,7 @@ mod tests {
         let seq = ticket.seq;
         rig.cache.settle(ticket, Outcome::Done);
         assert_eq!(evict(&rig.cache, F, closed), Err(Kept::Named));
-        rig.cache.pending().let_go(&[F], seq);
+        rig.cache.pending().let_go(&[F], seq, false);
         assert_eq!(evict(&rig.cache, F, closed), Err(Kept::Named), "it is only on its way");
         rig.cache.pending().acked(seq);
         assert!(rig.cache.fell_back(Seq(0), seq).unwrap().contains("sent again"));

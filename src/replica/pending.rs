@@ -29,6 +29,17 @@ impl Own {
     }
 }
 
+/// What becomes of objects that were let go.
+#[derive(PartialEq, Eq, Debug)]
+pub struct LetGo {
+    /// others may have them once the server has own records up to here
+    pub upto: Seq,
+    /// can be read on
+    pub kept: Vec<Fid>,
+    /// have to be asked for
+    pub gone: Vec<Fid>,
+}
+
 struct Waiting {
     seq: Seq,
     at_ns: u64,
@@ -177,9 +188,14 @@ impl Pending {
     fn let_go_upto(&self, fid: Fid) -> Seq {
         self.let_go.get(&fid).copied().unwrap_or_default().max(self.all_let_go)
     }
-    /// Others may change these (all, if none is named) once the server has own records up to
-    /// `upto`, which are on their way.
-    pub fn let_go(&mut self, fids: &[Fid], upto: Seq) {
+    /// Others need these (all, if none is named): from now on they count as theirs. `last`: the newest
+    /// own record of all; `readable`: they can be read on here, but for what the server lacks.
+    pub fn let_go(&mut self, fids: &[Fid], last: Seq, readable: bool) -> LetGo {
+        // what was let go before is still on its way, and whoever asks now must wait for it, too
+        let newest = |fid: &Fid| self.made(*fid).newest();
+        let upto = fids.iter().map(newest).max().unwrap_or(last);
+        let is_kept = |fid: &Fid| readable && newest(fid) <= self.acked;
+        let (kept, gone) = fids.iter().partition(|fid| is_kept(fid));
         if fids.is_empty() {
             self.all_let_go = self.all_let_go.max(upto);
         }
@@ -187,6 +203,7 @@ impl Pending {
             let known = self.let_go.entry(*fid).or_default();
             *known = upto.max(*known);
         }
+        LetGo { upto, kept, gone }
     }
     /// Whether the server may lack something that was let go.
     pub fn is_letting_go(&self) -> bool {
@@ -309,6 +326,26 @@ mod tests {
         table.acked(Seq(3));
         assert_eq!((table.count(), table.len(), table.oldest_ns()), (0, 0, None));
         assert!(!table.is_dirty(Fid(9)) && !table.is_ours(Fid(9)));
+    }
+
+    #[test]
+    fn who_asks_later_waits_for_what_was_let_go_before() {
+        let (clean, dirty, last) = (Fid(8), Fid(9), Seq(3));
+        let one_after_another: [&[Fid]; 3] = [&[], &[dirty], &[clean, dirty]];
+        for first in one_after_another {
+            let mut table = Pending::new(Seq(0));
+            table.add(Seq(1), &store(8, 10), 70);
+            table.add(Seq(2), &store(9, 10), 70);
+            table.add(Seq(3), &create(1, "a", 7), 70);
+            table.acked(Seq(1));
+            let upto = table.let_go(first, last, true).upto;
+            assert_eq!(upto, if first.is_empty() { last } else { Seq(2) });
+            assert_eq!(table.own(dirty).newest(), Seq(0), "it counts as theirs");
+            let again = table.let_go(&[clean, dirty], last, true);
+            let want = LetGo { upto: Seq(2), kept: vec![clean], gone: vec![dirty] };
+            assert_eq!(again, want, "after {first:?}");
+            assert_eq!(table.let_go(&[clean], last, false).gone, [clean]);
+        }
     }
 
     #[test]

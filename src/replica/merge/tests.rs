@@ -585,11 +585,11 @@ fn what_is_on_its_way_stays_in_limbo() {
     let kept = |kind| is_kept(&rig.cache, Fid(30), kind, Seq(0));
     assert!(kept(Kind::File), "it was never shipped");
     for fids in [&[Fid(30)][..], &[]] {
-        rig.cache.pending().let_go(fids, seq);
+        rig.cache.pending().let_go(fids, seq, false);
         assert!(kept(Kind::File) && kept(Kind::Dir), "it is shipped at this moment");
         rig.cache.pending().take_back();
     }
-    rig.cache.pending().let_go(&[Fid(30)], seq);
+    rig.cache.pending().let_go(&[Fid(30)], seq, false);
     rig.cache.pending().acked(seq);
     rig.cache.pending().prune(seq);
     assert!(!is_kept(&rig.cache, Fid(30), Kind::File, seq), "the server has it");

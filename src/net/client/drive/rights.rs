@@ -3,10 +3,11 @@
 use std::time::Instant;
 
 use super::Driver;
-use crate::kml::record::{Fid, Seq};
+use crate::kml::record::Fid;
 use crate::lento::rights::Mode;
 use crate::net::client::In;
 use crate::replica::hydrate::{self, Notice};
+use crate::replica::pending::LetGo;
 
 impl Driver {
     pub(super) fn mark_stale(&mut self, break_id: Option<u64>, fids: &[Fid]) {
@@ -66,19 +67,11 @@ impl Driver {
         self.cache.save_written(fids);
         self.look_at = Some(now);
         self.look_at_journal(now);
-        let acked = self.machine.acked();
-        let newest: Vec<(Fid, Seq)> = {
-            let pending = self.cache.pending();
-            fids.iter().map(|fid| (*fid, pending.own(*fid).newest())).collect()
-        };
-        let last = newest.iter().map(|(_, seq)| *seq).max();
-        let target = last.unwrap_or_else(|| self.cache.log.last());
-        let clean = |(_, seq): &&(Fid, Seq)| mode == Mode::Read && *seq <= acked;
-        let kept: Vec<Fid> = newest.iter().filter(clean).map(|(fid, _)| *fid).collect();
-        let gone: Vec<Fid> = newest.iter().filter(|own| !clean(own)).map(|(fid, _)| *fid).collect();
+        let last = self.cache.log.last();
+        let let_go = self.cache.pending().let_go(fids, last, mode == Mode::Read);
+        let LetGo { upto, kept, gone } = let_go;
         self.shared.rights.edit(|rights| gone.iter().for_each(|fid| rights.set(*fid, Mode::None)));
-        self.cache.pending().let_go(fids, target);
-        self.machine.on_lowered(recall_id, target, kept, now);
+        self.machine.on_lowered(recall_id, upto, kept, now);
         let (shared, generation) = (self.shared.clone(), self.generation);
         let done = Box::new(move || shared.tell(In::Told { generation, recall_id }));
         if fids.is_empty() && mode == Mode::None {
