@@ -8,7 +8,7 @@ use imz::sys::Errno;
 
 use crate::cache::Cache;
 use crate::history::{Key, Seen, Value};
-use crate::plan::{Micros, Op};
+use crate::plan::{Micros, Op, Setup};
 use crate::tree::{BLOCK_LEN, Node, set};
 
 /// After so many fetches an operation takes what is here; after more it is given up.
@@ -63,6 +63,8 @@ pub struct Run {
     tries: u32,
     fid: Fid,
     wrote: Vec<(u64, u64)>,
+    /// own records before it wrote
+    last: Seq,
     seen: Vec<Seen>,
 }
 
@@ -79,15 +81,25 @@ type Result_<T> = Result<T, Stop>;
 impl Run {
     pub fn new(op: Op, began_at: Micros) -> Run {
         let (wrote, seen) = (Vec::new(), Vec::new());
-        Run { op, began_at, stage: 0, tries: 0, fid: ROOT, wrote, seen }
+        Run { op, began_at, stage: 0, tries: 0, fid: ROOT, wrote, last: Seq(0), seen }
     }
     /// The file that it holds open for writing.
     pub fn holds(&self) -> bool {
         self.stage > 0 && matches!(self.op, Op::Write { .. })
     }
 
+    /// What it wrote to a file: where, and what.
+    pub fn wrote(&self) -> (Fid, &[(u64, u64)]) {
+        (self.fid, &self.wrote)
+    }
+
     /// Tries the operation. `tokens`: gives a number that was never given before.
-    pub fn go(&mut self, cache: &mut Cache, setup: u64, tokens: &mut dyn FnMut() -> u64) -> Turn {
+    pub fn go(
+        &mut self,
+        cache: &mut Cache,
+        setup: &Setup,
+        tokens: &mut dyn FnMut() -> u64,
+    ) -> Turn {
         self.seen.clear();
         cache.as_is = self.tries >= FRESH_TRIES_MAX;
         let stop = self.attempt(cache, setup, tokens);
@@ -112,19 +124,20 @@ impl Run {
     pub fn end(&mut self, cache: &mut Cache, how: Result<(), Errno>) -> Turn {
         let mut written = Vec::new();
         if self.holds() {
-            let before = cache.last();
             cache.end_writing(self.fid);
-            let seq = cache.last();
-            if seq > before {
+            // by now, or when others needed it
+            let seq = cache.pending.made(self.fid).data;
+            if seq > self.last {
                 // another operation may have written over it before it was stored
                 let data = cache.tree.get(self.fid).map(|file| file.data.clone());
                 let data = data.unwrap_or_default();
-                self.wrote.retain(|(at, token)| {
+                let is_stored = |(at, token): &&(u64, u64)| {
                     let end = (at + BLOCK_LEN) as usize;
                     data.get(*at as usize..end) == Some(&token.to_le_bytes())
-                });
-                let token = |(at, token): (u64, u64)| Written { token, fid: self.fid, at, seq };
-                written = std::mem::take(&mut self.wrote).into_iter().map(token).collect();
+                };
+                let stored = self.wrote.iter().filter(is_stored);
+                let of = |&(at, token)| Written { token, fid: self.fid, at, seq };
+                written = stored.map(of).collect();
             }
         }
         Turn::Done { how, seen: std::mem::take(&mut self.seen), written }
@@ -133,11 +146,11 @@ impl Run {
     fn attempt(
         &mut self,
         cache: &mut Cache,
-        whole_len_max: u64,
+        setup: &Setup,
         tokens: &mut dyn FnMut() -> u64,
     ) -> Result_<()> {
         let op = self.op.clone();
-        let mut fs = Filter { cache, seen: &mut self.seen, whole_len_max };
+        let mut fs = Filter { cache, seen: &mut self.seen, whole_len_max: setup.whole_len_max };
         match &op {
             Op::Create { path, blocks } => {
                 fs.cache.room.charge_new().map_err(|room| Stop::Miss(Want::Room(room)))?;
@@ -146,7 +159,9 @@ impl Run {
                 fs.cache.begin_writing(fid);
                 self.fid = fid;
                 for block in 0..*blocks {
-                    fs.cache.wrote(fid, block * BLOCK_LEN, &tokens().to_le_bytes());
+                    let token = tokens();
+                    fs.cache.wrote(fid, block * BLOCK_LEN, &token.to_le_bytes());
+                    self.wrote.push((block * BLOCK_LEN, token));
                 }
                 fs.cache.end_writing(fid);
                 Ok(())
@@ -156,12 +171,16 @@ impl Run {
                     self.fid = fs.open(path, *truncate)?;
                     fs.permitted([self.fid].into_iter())?;
                     fs.cache.begin_writing(self.fid);
-                    self.stage = 1;
+                    (self.stage, self.last) = (1, fs.cache.last());
                     if *hold > 0 {
                         return Err(Stop::Rest(hold / 2));
                     }
                 }
                 if self.stage == 1 {
+                    if setup.strict {
+                        fs.permitted([self.fid].into_iter())?;
+                        fs.here(self.fid)?;
+                    }
                     let (from, to) = (at * BLOCK_LEN, (at + blocks) * BLOCK_LEN);
                     fs.bytes_here(self.fid, from, to)?;
                     let charged = fs.cache.room.charge_write(self.fid);
@@ -176,7 +195,8 @@ impl Run {
                         return Err(Stop::Rest(hold / 2));
                     }
                 }
-                Ok(())
+                // the close: others may have needed it meanwhile
+                fs.permitted([self.fid].into_iter())
             }
             Op::Read { path, block } => {
                 let fid = fs.open(path, false)?;

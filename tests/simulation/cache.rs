@@ -237,6 +237,12 @@ impl Cache {
         let done = self.change(op, |_| Ok(()));
         debug_assert!(done.is_ok());
     }
+    /// What was written to these so far, or to all, is journaled: others need it.
+    pub fn save_written(&mut self, fids: &[Fid]) {
+        let needed = |fid: &Fid| fids.is_empty() || fids.contains(fid);
+        let open: Vec<Fid> = self.writers.keys().copied().filter(needed).collect();
+        open.into_iter().for_each(|fid| self.store(fid));
+    }
     pub fn end_writing(&mut self, fid: Fid) {
         self.store(fid);
         self.room.end_writing(fid);

@@ -139,9 +139,9 @@ impl World {
         self.check_bytes()?;
         self.check_room_end()?;
         if self.ctx.setup.strict
-            && let Some(fid) = self.ctx.history.not_linear()
+            && let Some(why) = self.ctx.history.not_linear()
         {
-            return Err(format!("what was read of {fid} is no order of what was written"));
+            return Err(why);
         }
         let want = listed(&self.server.volume.tree);
         for nth in 0..self.clients.len() {

@@ -10,7 +10,7 @@ use imz::lento::client::{Client as Machine, Effect, Settings, Ticket, Unmet, Wan
 use imz::lento::message::*;
 use imz::lento::rights::Mode;
 use imz::lento::ship::Bell;
-use imz::replica::pending::data_len;
+use imz::replica::pending::{LetGo, data_len};
 use imz::sys::Errno;
 
 use crate::apps::{Run, Turn, Want, Written};
@@ -18,6 +18,7 @@ use crate::cache::{Cache, Listing};
 use crate::history::{Key, Seen, Value};
 use crate::linear::Event;
 use crate::plan::{MS, Micros, Op};
+use crate::tree::BLOCK_LEN;
 use crate::tree::path;
 use crate::world::{Ctx, Later};
 
@@ -257,7 +258,7 @@ impl Client {
             *tokens += 1;
             no << 48 | *tokens
         };
-        match run.go(&mut self.cache, ctx.setup.whole_len_max, &mut token) {
+        match run.go(&mut self.cache, &ctx.setup, &mut token) {
             Turn::Done { how, seen, written } => {
                 ctx.tell(|| format!("c{}: #{step} {:?}: {how:?}", self.no, run.op));
                 let healthy = self.healthy_since.is_some_and(|since| since <= run.began_at);
@@ -266,7 +267,9 @@ impl Client {
                         ctx.fail(format!("c{}: #{step} {:?}: {why}", self.no, run.op));
                     }
                 }
-                self.note_file(&run, &seen, written.first(), ctx);
+                if how.is_ok() {
+                    self.note_blocks(&run, &seen, ctx);
+                }
                 self.written.extend(written);
             }
             Turn::Want(want) => {
@@ -290,20 +293,24 @@ impl Client {
         }
         self.ring(ctx);
     }
-    /// What was done with all of a file, for the strict semantics.
-    fn note_file(&self, run: &Run, seen: &[Seen], written: Option<&Written>, ctx: &mut Ctx) {
+    /// What was done with blocks of files, in strict mode.
+    fn note_blocks(&self, run: &Run, seen: &[Seen], ctx: &mut Ctx) {
+        if !ctx.setup.strict {
+            return;
+        }
         let (begin, end) = (run.began_at, ctx.now);
-        for seen in seen.iter().filter(|seen| seen.range == (0, u64::MAX)) {
-            if let (Key::Data(fid), Value::Bytes(bytes)) = (&seen.key, &seen.value) {
-                let value = bytes.to_vec();
-                ctx.history.did(*fid, Event { begin, end, write: false, value });
+        for Seen { key, range, value } in seen {
+            if let (Key::Data(fid), Value::Bytes(bytes)) = (key, value) {
+                for (nth, block) in bytes.as_chunks().0.iter().enumerate() {
+                    let at = range.0 + nth as u64 * BLOCK_LEN;
+                    let value = u64::from_le_bytes(*block);
+                    ctx.history.did((*fid, at), Event { begin, end, write: false, value });
+                }
             }
         }
-        if let Some(written) = written
-            && let Some(file) = self.cache.tree.get(written.fid)
-        {
-            let value = file.data.to_vec();
-            ctx.history.did(written.fid, Event { begin, end, write: true, value });
+        let (fid, wrote) = run.wrote();
+        for &(at, value) in wrote {
+            ctx.history.did((fid, at), Event { begin, end, write: true, value });
         }
     }
     /// Ends an operation whose want cannot be met.
@@ -513,19 +520,15 @@ impl Client {
             [] => rights.lower_volume(mode),
             _ => fids.iter().for_each(|fid| rights.set(*fid, rights.mode(*fid).min(mode))),
         }
+        self.cache.now_ns = ctx.now_ns(self.no);
+        self.cache.save_written(fids);
         self.look(ctx);
-        let acked = self.acked();
-        let newest: Vec<(Fid, Seq)> =
-            fids.iter().map(|fid| (*fid, self.cache.pending.own(*fid).newest())).collect();
-        let last = newest.iter().map(|(_, seq)| *seq).max();
-        let target = last.unwrap_or_else(|| self.cache.last());
-        let clean = |(_, seq): &&(Fid, Seq)| mode == Mode::Read && *seq <= acked;
-        let kept: Vec<Fid> = newest.iter().filter(clean).map(|(fid, _)| *fid).collect();
-        let gone: Vec<Fid> = newest.iter().filter(|own| !clean(own)).map(|(fid, _)| *fid).collect();
+        let last = self.cache.last();
+        let let_go = self.cache.pending.let_go(fids, last, mode == Mode::Read);
+        let LetGo { upto, kept, gone } = let_go;
         gone.iter().for_each(|fid| self.cache.rights.set(*fid, Mode::None));
-        self.cache.pending.let_go(fids, target);
         if let Some(machine) = &mut self.machine {
-            machine.on_lowered(recall_id, target, kept, ctx.instant(self.no));
+            machine.on_lowered(recall_id, upto, kept, ctx.instant(self.no));
         }
         self.cache.mark_stale(&gone);
         if let Some(conn) = self.conn {

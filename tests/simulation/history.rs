@@ -58,8 +58,8 @@ pub struct History {
     waiting: BTreeMap<u32, Vec<Waiting>>,
     /// per object and node, the newest change that its writer knows of
     known: BTreeMap<Fid, BTreeMap<u32, Stamp>>,
-    /// what was done with whole files, for the strict semantics
-    files: BTreeMap<Fid, Vec<Event<Vec<u8>>>>,
+    /// what was done with blocks of files, by offset, in strict mode
+    blocks: BTreeMap<(Fid, u64), Vec<Event<u64>>>,
 }
 
 /// The values that a change touches.
@@ -98,14 +98,15 @@ impl History {
             }
         }
     }
-    /// Somebody read or wrote all of a file.
-    pub fn did(&mut self, fid: Fid, event: Event<Vec<u8>>) {
-        self.files.entry(fid).or_default().push(event);
+    /// Somebody read or wrote a block.
+    pub fn did(&mut self, block: (Fid, u64), event: Event<u64>) {
+        self.blocks.entry(block).or_default().push(event);
     }
-    /// A file whose readers did not see every write that was complete.
-    pub fn not_linear(&self) -> Option<Fid> {
-        let bad = |(_, events): &(&Fid, &Vec<Event<Vec<u8>>>)| !is_linear(events, &Vec::new());
-        self.files.iter().find(bad).map(|(fid, _)| *fid)
+    /// A block whose readers did not see every write that was complete, and what was done with it.
+    pub fn not_linear(&self) -> Option<String> {
+        let bad = |(_, events): &(&_, &Vec<Event<u64>>)| !is_linear(events, &0);
+        let ((fid, at), events) = self.blocks.iter().find(bad)?;
+        Some(format!("what was read of {fid} at {at} is no order of what was written: {events:#?}"))
     }
     /// All contents that files ever had.
     pub fn contents(&self) -> impl Iterator<Item = &[u8]> {

@@ -88,6 +88,11 @@ fn histories_keep_their_promises() {
 }
 
 #[test]
+fn a_block_is_a_register_in_strict_mode() {
+    run_all(seeds(SEEDS), |seed| Plan::strict(seed, ops()));
+}
+
+#[test]
 fn what_failed_once_does_so_no_more() {
     for seed in FOUND {
         if let Ended::Badly(why) = run(&Plan::of(seed, OPS)) {

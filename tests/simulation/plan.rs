@@ -141,7 +141,7 @@ pub struct Setup {
     pub whole_len_max: u64,
     /// of a sync at the server, most
     pub sync_time: Micros,
-    /// every read must see every write that was complete before it
+    /// every access needs its right: each read must see every write that was complete before it
     pub strict: bool,
     /// room is reserved, and there is so much of it, bytes (space.rs)
     pub room: Option<u64>,
@@ -203,6 +203,21 @@ impl Plan {
         }
         steps.sort_by_key(|step| step.at);
         Plan { seed, clients, setup, steps }
+    }
+    /// A history in which nothing fails, in strict mode: each block of a file is a register.
+    pub fn strict(seed: u64, ops: usize) -> Plan {
+        let mut plan = Plan::of(seed, ops);
+        plan.setup.strict = true;
+        plan.steps.retain_mut(|step| match &mut step.what {
+            What::Do { op: Op::Truncate(..), .. } => false,
+            What::Do { op: Op::Write { truncate, hold, .. }, .. } => {
+                (*truncate, *hold) = (false, 0);
+                true
+            }
+            What::Do { .. } | What::Evict { .. } => true,
+            _ => false,
+        });
+        plan
     }
 }
 
