@@ -365,6 +365,7 @@ fn a_server_without_power() {
         fs::create_dir(root.join("kept")).unwrap();
     }
     let acknowledged: Mutex<Vec<(String, Vec<u8>)>> = Mutex::default();
+    let mut count = 0;
     for life in 0..cuts() {
         let (over, flushes) = (AtomicBool::new(false), &mut 0);
         let (mut theirs, root) = (Rng(rng.next()), a.path().to_owned());
@@ -413,12 +414,18 @@ fn a_server_without_power() {
         let said = server.said();
         assert!(!said[before..].contains("conflict"), "{what}: {}", &said[before..]);
         if life % 20 == 19 {
+            // the disk is small
+            for root in [a.path(), &model] {
+                fs::remove_dir_all(root.join("kept")).unwrap();
+                fs::create_dir(root.join("kept")).unwrap();
+            }
+            count += acknowledged.lock().unwrap().drain(..).count();
             // no mount of a test lives for long
             a.umount();
             a.again();
         }
     }
-    let count = acknowledged.lock().unwrap().len();
+    count += acknowledged.lock().unwrap().len();
     eprintln!("{} cuts of a server, {count} acknowledged files checked", cuts());
     assert!(count > 0, "nothing was ever acknowledged");
     drop((a, server, served));
