@@ -198,6 +198,8 @@ impl Asker {
     }
     fn ask(&mut self, need: Room, ahead: bool, line: &mut Line, now: Instant) {
         let Some(held) = self.hello() else { return };
+        // More is no message that the server takes; and it has no more.
+        let need = need.min(Room::MOST);
         (self.told, self.tell_at) = (held.returned, None);
         self.stage = Stage::Asked;
         line.effect(Effect::KeepGrant);

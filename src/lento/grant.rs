@@ -195,7 +195,7 @@ impl Grant {
         let inner = self.inner();
         let Kept { epoch, granted, returned, .. } = inner.kept;
         // After a power cut what was heard may be forgotten. What is in use was granted.
-        let granted = granted.max(returned.plus(inner.in_use));
+        let granted = granted.max(returned.plus(inner.in_use)).min(Room::MOST);
         (!inner.never).then_some(RoomHeld { epoch, granted, returned })
     }
     /// The server's first word on a connection: it counts from here.

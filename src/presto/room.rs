@@ -19,6 +19,7 @@ use crate::kml::record::{PATH_LEN_MAX, Range};
 use crate::lento::charge;
 use crate::lento::grant::{Charge, Regime};
 use crate::lento::room::{BLOCK_LEN, Room, blocks};
+use crate::sys::Errno;
 use crate::sys::fs::{self, Stat, o};
 
 /// Pieces of a sparse file that are counted; the rest counts as data.
@@ -30,6 +31,7 @@ impl Filter {
         match self.room.charge(room) {
             Some(charge) => Ok(charge),
             None if is_done() => Ok(self.room.charge_done(room)),
+            None if !room.is_sane() => Err(Errno::FBIG.into()), // no disk has so much
             None => Err(Stop::Miss(Want::Room(room))),
         }
     }
@@ -180,3 +182,6 @@ pub(super) fn data_len(fd: impl AsFd, stat: &Stat) -> u64 {
     }
     sum.saturating_add(stat.size.saturating_sub(at)).min(stat.size)
 }
+
+#[cfg(test)]
+mod tests;

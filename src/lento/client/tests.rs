@@ -959,6 +959,29 @@ fn asked_for_room_while_it_catches_up_it_ships_afterwards() {
     assert!(rig.effects().iter().any(is_cut));
 }
 
+#[test]
+fn no_want_of_room_is_too_large_to_be_asked_for() {
+    let mut rig = Rig::new(0, 0);
+    let grant = Grant::new(Kept::default(), false);
+    rig.client.set_grant(grant.clone());
+    let _much = grant.charge_done(Room::new(u64::MAX, 7));
+    rig.connect();
+    let (id, hello) = rig.sent().remove(0);
+    let (epoch, granted, returned, keep_ms) = (1, Room::NONE, Room::NONE, 100_000);
+    let room = Some(RoomTerms { epoch, granted, returned, ample: false, short: false, keep_ms });
+    rig.answer(id, Welcome { room, ..welcome(0, 50) });
+    let (since, _) = rig.sent().pop().unwrap();
+    (0..3)
+        .for_each(|ticket| rig.client.on_want(Want::Room(Room::new(1 << 61, 0)), ticket, rig.now));
+    let (fids, upto, volume) = (Vec::new(), Stamp(50), Mode::Read);
+    rig.answer(since, Changes { fids, upto, more: false, lost: false, volume });
+    let (_, ask) = rig.sent().pop().unwrap();
+    assert!(matches!(ask, Message::RoomAsk(_)), "{ask:?}");
+    for message in [hello, ask] {
+        assert_eq!(Message::decode(message.op(), &message.encode()), Ok(message));
+    }
+}
+
 // Found by the simulation: history 51302.
 #[test]
 fn what_was_sent_in_two_batches_is_not_cut_as_one() {

@@ -1,0 +1,117 @@
+//! The filter over a real cache, with a grant of so many bytes, and nobody who grants more.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::kml::log::Log;
+use crate::kml::record::{Fid, Name, Seq, Time};
+use crate::kml::writers::Writers;
+use crate::lento::grant::{Grant, Kept};
+use crate::lento::locks::LockAsk;
+use crate::lento::message::{RoomTerms, Space};
+use crate::lento::rights::{Held, Mode};
+use crate::presto::filter::{Lento, LockDone};
+use crate::presto::open::Grip;
+use crate::replica::cache::Cache;
+use crate::replica::meta::Meta;
+use crate::replica::state::{Facts, State};
+use crate::replica::tree::Tree;
+use crate::sys::cred::{self, Caller};
+
+const FILE: Fid = Fid(70);
+const MIB: u64 = 1 << 20;
+
+struct Nobody;
+
+impl Lento for Nobody {
+    fn when_back(&self, done: Box<dyn FnOnce(bool) + Send>) {
+        done(false)
+    }
+    fn want(&self, _: Want, done: Box<dyn FnOnce(std::result::Result<(), Errno>) + Send>) {
+        done(Err(Errno::NOSPC))
+    }
+    fn when_acked(&self, _: Seq, done: Box<dyn FnOnce(std::result::Result<(), Errno>) + Send>) {
+        done(Ok(()))
+    }
+    fn space(&self) -> Space {
+        Space::default()
+    }
+    fn lock(&self, _: LockAsk, _: LockDone) -> u64 {
+        0
+    }
+    fn cancel(&self, _: u64) {}
+}
+
+struct Rig {
+    dir: tempfile::TempDir,
+    filter: Arc<Filter>,
+}
+
+fn terms(bytes: u64, ample: bool) -> RoomTerms {
+    let granted = Room::new(bytes, 1000);
+    RoomTerms { epoch: 1, granted, returned: Room::NONE, ample, short: false, keep_ms: 1000 }
+}
+
+/// Online, with one empty file, and the right to everything.
+fn rig(bytes: u64) -> Rig {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |n: &str| dir.path().join(n);
+    std::fs::create_dir(at("tree")).unwrap();
+    let tree = Tree::open(&at("tree"), &at("index"), true).unwrap();
+    let log = Log::open_or_create(&at("kml"), 0, 77, crate::kml::log::Options::default()).unwrap();
+    let state = State::open(&at("state"), || Facts::new("v", "", 0, 0)).unwrap();
+    let cache = Arc::new(Cache::new(tree, log, state, &at("limbo")).unwrap());
+    let meta = Meta { epoch: cache.epoch(), ..Meta::whole(FILE) };
+    let (root, name) = (cache.tree.root().clone(), Name::new(b"f").unwrap());
+    cache.tree.create(&root, &name, by(), 0o644, &meta, Time::default()).unwrap();
+    cache.set_online(true);
+    let rights = Arc::new(Held::default());
+    rights.edit(|rights| rights.set_volume(Mode::Write));
+    let room = Grant::new(Kept::default(), false);
+    room.welcome(Some(&terms(bytes, false)));
+    room.heard();
+    let filter = Arc::new(Filter {
+        cache,
+        lento: Arc::new(Nobody),
+        rights,
+        files: Default::default(),
+        writers: Writers::open(&at("kml")).unwrap(),
+        mapped: Default::default(),
+        room,
+        by_kernel: Default::default(),
+        passthrough: false.into(),
+        strict: false,
+        forgets_names: false.into(),
+    });
+    Rig { dir, filter }
+}
+
+fn by() -> Caller {
+    Caller { uid: cred::own().0, gid: cred::own().1, umask: 0 }
+}
+
+impl Rig {
+    fn open(&self, flags: i32) -> Result<Grip> {
+        self.filter.open(by(), FILE, flags)
+    }
+    /// As somebody had it before.
+    fn sized(&self, len: u64) {
+        std::fs::OpenOptions::new().write(true).open(self.path()).unwrap().set_len(len).unwrap();
+    }
+    fn path(&self) -> std::path::PathBuf {
+        self.dir.path().join("tree/f")
+    }
+    fn in_use(&self) -> u64 {
+        self.filter.room.figures().in_use.bytes()
+    }
+}
+
+#[test]
+fn what_no_disk_has_is_not_asked_for() {
+    let rig = rig(MIB);
+    let grip = rig.open(o::RDWR).unwrap();
+    let stop = rig.filter.fallocate(&grip.open, 0, 0, 1 << 62);
+    assert!(matches!(stop, Err(Stop::Errno(Errno::FBIG))), "{stop:?}");
+    let stop = rig.filter.fallocate(&grip.open, 0, 0, 1 << 61);
+    assert!(matches!(stop, Err(Stop::Miss(Want::Room(_)))), "{stop:?}");
+}
