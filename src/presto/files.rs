@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
 use super::filter::{Filter, Found, Result, Spot, Stop, done, missing};
-use super::open::{Closed, Grip, Mark, Open, Way, open_backing};
+use super::open::{Closed, Grip, Had, Mark, Open, Way, open_backing};
 use crate::kml::record::{Fid, Op, PATH_LEN_MAX, ROOT, Range, Seq, Stamp, Time};
 use crate::lento::rights::Mode;
 use crate::replica::hydrate::CAPABILITY;
@@ -110,7 +110,7 @@ impl Filter {
                 state.slot = self.writers.take(fid);
                 if state.slot.is_none() {
                     drop(state);
-                    self.files.close(&open, writer, false);
+                    self.files.close(&open, Had { writer, ..Had::default() });
                     return Err(Errno::NFILE.into());
                 }
                 self.cache.begin_writing(fid, open.clone());
@@ -123,20 +123,24 @@ impl Filter {
         } else if rdwr && open.passthrough {
             open.state().dirty = None; // what a mapping writes nobody sees
         }
-        let may_map = rdwr && !open.passthrough;
-        // Readers may have it open past the daemon, and a mapping takes room that is not there:
-        // then each write is a request of its own.
-        let direct =
-            (writer && open.passthrough && !by_kernel) || (may_map && !self.cover_mapping(&open));
-        Ok(Grip { open, writer, by_kernel, direct })
+        // Whoever writes past the daemon is looked at.
+        let maps = rdwr && !by_kernel && self.cover_mapping(&open);
+        if maps {
+            open.state().begin_mapping();
+        }
+        // Readers may have it open past the daemon, or a mapping takes room that is not there: then
+        // each write is a request of its own.
+        let direct = writer && !by_kernel && (open.passthrough || (rdwr && !maps));
+        Ok(Grip { open, writer, by_kernel, maps, direct })
     }
 
     /// Closes one handle, in any case. True when it was the object's last.
     pub fn close(&self, grip: &Grip) -> (bool, Result<()>) {
-        let Grip { open, writer, by_kernel, .. } = grip;
-        let stored = if *writer { done(|| self.store(open)) } else { Ok(()) };
-        let Closed { last, slot } = self.files.close(open, *writer, *by_kernel);
-        if *by_kernel {
+        let Grip { open, writer, by_kernel, maps, .. } = grip;
+        let (writer, by_kernel, maps) = (*writer, *by_kernel, *maps);
+        let stored = if writer { done(|| self.store(open)) } else { Ok(()) };
+        let Closed { last, slot } = self.files.close(open, Had { writer, by_kernel, maps });
+        if by_kernel {
             self.kernel_wrote();
         }
         // A store that failed leaves its note: the next start stores the file.
@@ -194,10 +198,13 @@ impl Filter {
         if let Some(ranges) = &mut state.dirty {
             ranges.clear();
         }
-        let by_kernel = state.by_kernel();
+        let (by_kernel, mapped) = (state.by_kernel(), state.may_be_mapped());
         drop(state);
         if by_kernel {
             self.cover_whole(open); // or the next look does
+        }
+        if mapped {
+            self.cover_mapping(open); // or the next store, or the write of a page does
         }
         Ok(())
     }
@@ -305,15 +312,24 @@ impl Filter {
         Ok(bytes)
     }
 
-    /// A write that comes to the daemon. `kill`: the kernel wants set-id bits gone.
-    pub fn write(&self, by: Caller, open: &Open, at: u64, bytes: &[u8], kill: bool) -> Result<u32> {
+    /// A write that comes to the daemon. `kill`: the kernel wants set-id bits gone. `page`: a mapping
+    /// has written it, and nobody would hear of an error.
+    pub fn write(
+        &self,
+        by: Caller,
+        open: &Open,
+        at: u64,
+        bytes: &[u8],
+        (kill, page): (bool, bool),
+    ) -> Result<u32> {
         let end = at.checked_add(bytes.len() as u64).ok_or(Errno::FBIG)?;
         let _object = self.cache.tree.lock_objects(&[open.fid]);
         self.admit(open, Mode::Read)?;
         self.admit(open, Mode::Write)?;
         self.bytes_here(open, at, end - at)?;
         self.cache.settle_hydrated(open.fid, &open.fd)?;
-        let charge = self.charged_write(open, at, bytes.len() as u64)?;
+        let charged = || self.charged_write(open, at, bytes.len() as u64);
+        let charge = if page { done(charged)? } else { charged()? };
         if kill {
             self.drop_set_id(by, open.fid)?;
         }
@@ -399,7 +415,7 @@ impl Filter {
             open.wrote(range.at, range.len, None);
         }
         let stored = done(|| self.store(&open));
-        self.files.close(&open, false, false);
+        self.files.close(&open, Had::default());
         stored
     }
 }

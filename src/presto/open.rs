@@ -33,6 +33,8 @@ pub struct OpenState {
     writers: u32,
     /// of these, how many write past the daemon
     kernel_writers: u32,
+    /// and how many may be mapped, with room for what a mapping may write
+    mappers: u32,
     /// the kernel asks before it writes the next time (stop.rs)
     pub asks: bool,
     /// room for what was written since the last store record
@@ -69,6 +71,14 @@ impl OpenState {
         self.kernel_writers += 1;
         self.dirty = None;
     }
+    /// Whether a mapping may write to it, and room is kept for that.
+    pub fn may_be_mapped(&self) -> bool {
+        self.mappers > 0
+    }
+    /// One more may map it, with room for that.
+    pub fn begin_mapping(&mut self) {
+        self.mappers += 1;
+    }
 }
 
 /// One handle that an application has open.
@@ -77,6 +87,8 @@ pub struct Grip {
     pub writer: bool,
     /// its data go past the daemon
     pub by_kernel: bool,
+    /// room is kept for what a mapping of it may write
+    pub maps: bool,
     /// no pages are kept for it, so that it cannot be mapped
     pub direct: bool,
 }
@@ -189,11 +201,12 @@ impl OpenFiles {
                 let dirty = if way.unseen { None } else { Some(Vec::new()) };
                 let (slot, stored, held_blocks) = (None, way.mark, way.blocks);
                 let (handles, writers, changed) = (0, 0, false);
-                let (kernel_writers, asks, charge) = (0, false, None);
+                let (kernel_writers, mappers, asks, charge) = (0, 0, false, None);
                 let state = OpenState {
                     handles,
                     writers,
                     kernel_writers,
+                    mappers,
                     asks,
                     charge,
                     slot,
@@ -225,13 +238,14 @@ impl OpenFiles {
         held(&self.0).values().filter(|open| open.state().writers > 0).cloned().collect()
     }
 
-    /// Closes one handle. True when it was the object's last.
-    pub fn close(&self, open: &Open, writer: bool, by_kernel: bool) -> Closed {
+    /// Closes one handle.
+    pub fn close(&self, open: &Open, had: Had) -> Closed {
         let mut all = held(&self.0);
         let mut state = open.state();
         state.handles = state.handles.saturating_sub(1);
-        state.writers = state.writers.saturating_sub(u32::from(writer));
-        state.kernel_writers = state.kernel_writers.saturating_sub(u32::from(by_kernel));
+        state.writers = state.writers.saturating_sub(u32::from(had.writer));
+        state.kernel_writers = state.kernel_writers.saturating_sub(u32::from(had.by_kernel));
+        state.mappers = state.mappers.saturating_sub(u32::from(had.maps));
         let slot = if state.writers == 0 { state.slot.take() } else { None };
         let last = state.handles == 0;
         drop(state);
@@ -240,6 +254,14 @@ impl OpenFiles {
         }
         Closed { last, slot }
     }
+}
+
+/// What a handle that is closed was, as [`Grip`] says it.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Had {
+    pub writer: bool,
+    pub by_kernel: bool,
+    pub maps: bool,
 }
 
 /// What the closing of a handle leaves to do.

@@ -115,3 +115,25 @@ fn what_no_disk_has_is_not_asked_for() {
     let stop = rig.filter.fallocate(&grip.open, 0, 0, 1 << 61);
     assert!(matches!(stop, Err(Stop::Miss(Want::Room(_)))), "{stop:?}");
 }
+
+#[test]
+fn room_for_a_mapping_lasts_over_a_store_and_its_pages_always_get_theirs() {
+    let rig = rig(8 * MIB);
+    rig.sized(MIB);
+    let grip = rig.open(o::RDWR).unwrap();
+    assert!(grip.maps && !grip.direct && rig.in_use() >= MIB);
+    let write = |page| rig.filter.write(by(), &grip.open, 0, b"x", (false, page));
+    write(true).unwrap();
+    rig.filter.store(&grip.open).unwrap();
+    let beside = rig.filter.room.figures().free;
+    assert!(rig.in_use() >= MIB && beside.bytes() < 7 * MIB, "what is mapped has its room again");
+    // others take all that is left, and this one's with it
+    let others = rig.filter.room.charge(beside).unwrap();
+    rig.filter.store(&grip.open).unwrap();
+    grip.open.state().charge = None;
+    let rest = rig.filter.room.charge(rig.filter.room.figures().free).unwrap();
+    assert!(matches!(write(false), Err(Stop::Miss(Want::Room(_)))), "it can be told");
+    write(true).unwrap();
+    drop((others, rest));
+    rig.filter.close(&grip).1.unwrap();
+}
