@@ -12,6 +12,7 @@ use super::filter::{Filter, Found, Result, Spot, Stop, done, missing};
 use super::open::{Closed, Grip, Had, Mark, Open, Way, open_backing};
 use crate::kml::record::{Fid, Op, PATH_LEN_MAX, ROOT, Range, Seq, Stamp, Time};
 use crate::lento::rights::Mode;
+use crate::replica::cache::Written;
 use crate::replica::hydrate::CAPABILITY;
 use crate::replica::meta::Meta;
 use crate::replica::tree::TreeError;
@@ -124,7 +125,17 @@ impl Filter {
             open.state().dirty = None; // what a mapping writes nobody sees
         }
         // Whoever writes past the daemon is looked at.
-        let maps = rdwr && !by_kernel && self.cover_mapping(&open);
+        let covered = (rdwr && !by_kernel).then(|| self.cover_mapping(&open));
+        let maps = match covered {
+            None => false,
+            Some(Ok(())) => true,
+            // Where readers have it open past the daemon, the kernel maps it whatever it is told.
+            Some(Err(stop)) if open.passthrough => {
+                self.open_failed(&open);
+                return Err(stop);
+            }
+            Some(Err(_)) => false,
+        };
         if maps {
             open.state().begin_mapping();
         }
@@ -132,6 +143,16 @@ impl Filter {
         // each write is a request of its own.
         let direct = writer && !by_kernel && (open.passthrough || (rdwr && !maps));
         Ok(Grip { open, writer, by_kernel, maps, direct })
+    }
+
+    /// A writer's handle that nobody gets: it has written nothing.
+    fn open_failed(&self, open: &Open) {
+        let Closed { slot, .. } = self.files.close(open, Had { writer: true, ..Had::default() });
+        // Else a store has failed before, and leaves its note.
+        if let Some(slot) = slot.filter(|_| !open.is_unsaved()) {
+            self.writers.release(slot);
+            self.cache.end_writing(open.fid);
+        }
     }
 
     /// Closes one handle, in any case. True when it was the object's last.
@@ -204,7 +225,7 @@ impl Filter {
             self.cover_whole(open); // or the next look does
         }
         if mapped {
-            self.cover_mapping(open); // or the next store, or the write of a page does
+            let _ = self.cover_mapping(open); // or the next store, or the write of a page does
         }
         Ok(())
     }

@@ -3,7 +3,8 @@
 //! ```text
 //!   an operation        its record's charge, before it acts
 //!   a write by us       what a store of all that was written so far would take
-//!   a mapping           all of the file, where there is room; else the file cannot be mapped
+//!   a mapping           all of the file, where there is room; else the file cannot be mapped, or
+//!                       not be opened so, where the kernel would map it all the same
 //!   the kernel writes   all of the file as it is, looked at every `LOOK_EVERY`; and a reserve
 //! ```
 //!
@@ -148,18 +149,18 @@ impl Filter {
         }
     }
 
-    /// The same with the holes of the file: a mapping may fill them.
-    pub fn cover_mapping(&self, open: &Open) -> bool {
+    /// The same with the holes of the file: a mapping may fill them. Stops where there is none.
+    pub fn cover_mapping(&self, open: &Open) -> Result<()> {
         if self.room.is_off() {
-            return true;
+            return Ok(());
         }
-        let Ok(stat) = fs::fstat(&open.fd) else { return false };
+        let stat = fs::fstat(&open.fd)?;
         let mut state = open.state();
         let lacks = of_whole(stat.size).less(state.charge_room());
-        let charge = self.room.charge(lacks);
-        let covered = charge.is_some();
-        charge.into_iter().for_each(|charge| state.keep_charge(charge));
-        covered
+        // Nothing is written yet, whoever asks: nobody gets it anyway.
+        let charge = self.room.charge(lacks).ok_or(Stop::Miss(Want::Room(lacks)))?;
+        state.keep_charge(charge);
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! The filter over a real cache, with a grant of so many bytes, and nobody who grants more.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::kml::log::Log;
@@ -136,4 +137,26 @@ fn room_for_a_mapping_lasts_over_a_store_and_its_pages_always_get_theirs() {
     write(true).unwrap();
     drop((others, rest));
     rig.filter.close(&grip).1.unwrap();
+}
+
+#[test]
+fn what_readers_have_open_is_not_mapped_without_room() {
+    let rig = rig(8 * MIB);
+    rig.sized(64 * MIB);
+    rig.filter.passthrough.store(true, Ordering::Relaxed);
+    let reader = rig.open(o::RDONLY).unwrap();
+    assert!(reader.open.passthrough, "where room is scarce, too");
+    let stop = rig.open(o::RDWR).map(|_| ());
+    assert!(matches!(stop, Err(Stop::Miss(Want::Room(lacks))) if lacks.bytes() > 64 * MIB));
+    assert!(!rig.filter.cache.is_unsaved(FILE) && rig.filter.files.written().is_empty());
+    // who only writes cannot map
+    let writer = rig.open(o::WRONLY).unwrap();
+    assert!(writer.direct && !writer.maps);
+    rig.filter.room.hear(&terms(100 * MIB, false));
+    let mapper = rig.open(o::RDWR).unwrap();
+    assert!(mapper.maps && rig.in_use() > 64 * MIB);
+    for grip in [reader, writer, mapper] {
+        rig.filter.close(&grip).1.unwrap();
+    }
+    assert_eq!(rig.in_use(), 0);
 }
