@@ -71,6 +71,10 @@ impl OpenState {
         self.kernel_writers += 1;
         self.dirty = None;
     }
+    /// Whether it differs from what the last store record has; `stat` as it is now.
+    fn is_unsaved(&self, stat: &Stat) -> bool {
+        self.changed || self.stored != Mark::of(stat)
+    }
     /// Whether a mapping may write to it, and room is kept for that.
     pub fn may_be_mapped(&self) -> bool {
         self.mappers > 0
@@ -134,7 +138,7 @@ impl Open {
 impl Written for Open {
     fn is_unsaved(&self) -> bool {
         let state = self.state();
-        state.changed || fs::fstat(&self.fd).is_ok_and(|stat| state.stored != Mark::of(&stat))
+        fs::fstat(&self.fd).map_or(state.changed, |stat| state.is_unsaved(&stat))
     }
     fn is_by_kernel(&self) -> bool {
         self.passthrough
@@ -247,6 +251,10 @@ impl OpenFiles {
         state.kernel_writers = state.kernel_writers.saturating_sub(u32::from(had.by_kernel));
         state.mappers = state.mappers.saturating_sub(u32::from(had.maps));
         let slot = if state.writers == 0 { state.slot.take() } else { None };
+        // What nobody writes any more, and is stored, needs no room beyond its record's.
+        if state.writers == 0 && fs::fstat(&open.fd).is_ok_and(|stat| !state.is_unsaved(&stat)) {
+            state.charge = None;
+        }
         let last = state.handles == 0;
         drop(state);
         if last {

@@ -160,3 +160,18 @@ fn what_readers_have_open_is_not_mapped_without_room() {
     }
     assert_eq!(rig.in_use(), 0);
 }
+
+#[test]
+fn when_the_last_writer_has_closed_its_room_is_free_whoever_reads() {
+    let rig = rig(8 * MIB);
+    let reader = rig.open(o::RDONLY).unwrap();
+    let (one, other) = (rig.open(o::WRONLY).unwrap(), rig.open(o::WRONLY).unwrap());
+    rig.filter.write(by(), &one.open, 0, &[1; 1 << 20], (false, false)).unwrap();
+    rig.filter.close(&one).1.unwrap();
+    let stored = rig.in_use();
+    assert!(stored >= MIB, "its record's");
+    assert!(rig.filter.cover_whole(&other.open) && rig.in_use() >= 2 * MIB);
+    rig.filter.close(&other).1.unwrap();
+    assert_eq!(rig.in_use(), stored);
+    rig.filter.close(&reader).1.unwrap();
+}
