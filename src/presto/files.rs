@@ -366,16 +366,22 @@ impl Filter {
         self.admit(open, Mode::Write)?;
         self.bytes_here(open, 0, u64::MAX)?;
         self.cache.settle_hydrated(open.fid, &open.fd)?;
-        // A shift moves all that follows.
-        let len_changed = match mode & (COLLAPSE_RANGE | INSERT_RANGE) {
-            0 => len,
-            _ => fs::fstat(&open.fd)?.size.max(at).saturating_add(len) - at,
+        let size = fs::fstat(&open.fd)?.size;
+        let changed_len = match mode {
+            // Whoever gives room takes none.
+            mode if mode & PUNCH_HOLE != 0 => len.min(size.saturating_sub(at)),
+            // A shift moves all that follows.
+            mode if mode & (COLLAPSE_RANGE | INSERT_RANGE) != 0 => {
+                size.max(at).saturating_add(len) - at
+            }
+            _ => len,
         };
-        let charged = || self.charged_write(open, at, len_changed);
-        // Whoever gives room is not refused for want of it.
-        let charge = if mode & PUNCH_HOLE == 0 { charged()? } else { done(charged)? };
+        let charge = match mode & PUNCH_HOLE {
+            0 => Some(self.charged_write(open, at, changed_len)?),
+            _ => None,
+        };
         fs::fallocate(&open.fd, mode, at, len)?;
-        open.wrote(at, len_changed, Some(charge));
+        open.wrote(at, changed_len, charge);
         Ok(())
     }
 

@@ -51,15 +51,14 @@ impl Filter {
         let need = {
             let stat = fs::fstat(&open.fd)?;
             let state = open.state();
-            let new = Range { at, len };
+            let more = blocks(len).saturating_add(BLOCK_LEN);
             let need = match &state.dirty {
                 Some(dirty) if self.prefers_ranges(&stat) => {
                     let mut ranges = dirty.clone();
-                    add_range(&mut ranges, new);
-                    charge::of_store(&ranges, PATH_LEN_MAX as u64)
+                    add_range(&mut ranges, Range { at, len });
+                    of_ranges(open, &stat, &ranges, PATH_LEN_MAX, more)
                 }
                 _ => {
-                    let more = blocks(len).saturating_add(BLOCK_LEN);
                     let data = data_len(&open.fd, &stat).saturating_add(more);
                     of_whole(data.min(stat.size.max(at.saturating_add(len))))
                 }
@@ -98,10 +97,8 @@ impl Filter {
         ranges: &[Range],
         path_len: usize,
     ) -> Charge {
-        let room = charge::of_store(ranges, path_len as u64);
-        // Holes take no room, but count in the range that covers all of a file.
+        let room = of_ranges(open, stat, ranges, path_len, 0);
         let all = ranges.len() == 1 && (ranges[0].at, ranges[0].len) == (0, stat.size);
-        let room = if all { room.min(of_whole(data_len(&open.fd, stat))) } else { room };
         let mut charge = match all {
             true => self.room.of_unsent(open.fid),
             false => self.room.charge_done(Room::NONE),
@@ -167,6 +164,18 @@ impl Filter {
 /// The room of a store of so many bytes in a row.
 pub(super) fn of_whole(len: u64) -> Room {
     charge::of_store(&[Range { at: 0, len: len.max(1) }], PATH_LEN_MAX as u64)
+}
+
+/// The room of a store of these ranges, when `more` bytes of data are in the file: holes in them take
+/// none.
+fn of_ranges(open: &Open, stat: &Stat, ranges: &[Range], path_len: usize, more: u64) -> Room {
+    let room = charge::of_store(ranges, path_len as u64);
+    let len = ranges.iter().fold(0, |sum: u64, range| sum.saturating_add(range.len));
+    if len <= stat.blocks.saturating_mul(512) {
+        return room; // there need be no hole in them
+    }
+    let entry = Room::new(charge::RANGE_LEN * ranges.len() as u64, 0);
+    room.min(of_whole(data_len(&open.fd, stat).saturating_add(more)).plus(entry))
 }
 
 /// The data of a file without its holes, bytes.

@@ -175,3 +175,22 @@ fn when_the_last_writer_has_closed_its_room_is_free_whoever_reads() {
     assert_eq!(rig.in_use(), stored);
     rig.filter.close(&reader).1.unwrap();
 }
+
+#[test]
+fn a_hole_that_is_made_takes_no_room_nor_do_writes_and_stores_beside_it() {
+    const PUNCH: u32 = 0x03; // and keep the size
+    let rig = rig(64 * MIB);
+    rig.sized(1 << 40);
+    let grip = rig.open(o::WRONLY).unwrap();
+    let write = |at| rig.filter.write(by(), &grip.open, at, &[1; 1 << 20], (false, false));
+    write(0).unwrap();
+    let written = rig.in_use();
+    rig.filter.fallocate(&grip.open, PUNCH, 2 * MIB, 1 << 41).unwrap();
+    assert_eq!(rig.in_use(), written);
+    assert_eq!(grip.open.state().dirty.as_ref().unwrap()[1].len, (1 << 40) - 2 * MIB);
+    write(4 * MIB).unwrap();
+    assert!(rig.in_use() < 3 * MIB, "{}", rig.in_use());
+    rig.filter.store(&grip.open).unwrap();
+    assert!((2 * MIB..3 * MIB).contains(&rig.in_use()), "{}", rig.in_use());
+    rig.filter.close(&grip).1.unwrap();
+}
