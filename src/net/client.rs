@@ -320,8 +320,8 @@ pub fn start(
         cache: cache.clone(),
     });
     cache.bell.connect(Box::new(move || waker.wake()));
-    let worker =
-        work::start(cache, shared.inbox.clone(), shared.waker.clone(), shared.saved.clone())?;
+    let (tell, waker) = (shared.inbox.clone(), shared.waker.clone());
+    let worker = work::start(cache, shared.grant.clone(), tell, waker, shared.saved.clone())?;
     let driver =
         drive::Driver::new(shared.clone(), peer, options, notifier, event_loop, outbox, worker);
     let thread = std::thread::Builder::new().name("imz-loop".into()).spawn(|| driver.run())?;

@@ -98,14 +98,8 @@ impl Filter {
         path_len: usize,
     ) -> Charge {
         let room = of_ranges(open, stat, ranges, path_len, 0);
-        let all = ranges.len() == 1 && (ranges[0].at, ranges[0].len) == (0, stat.size);
-        let mut charge = match all {
-            true => self.room.of_unsent(open.fid),
-            false => self.room.charge_done(Room::NONE),
-        };
-        if let Some(held) = &mut state.charge {
-            charge.join(held.take(room.less(charge.room())));
-        }
+        let held = state.charge.as_mut().map(|held| held.take(room));
+        let mut charge = held.unwrap_or_else(|| self.room.charge_done(Room::NONE));
         let lacks = room.less(charge.room());
         if !lacks.is_none() {
             let more = self.room.charge(lacks);
