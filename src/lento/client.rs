@@ -461,6 +461,10 @@ impl Client {
     pub fn set_grant(&mut self, grant: Arc<Grant>) {
         self.asker = Asker::new(grant);
     }
+    /// Before the first contact: so long ago the server was last there for this cache.
+    pub fn was_away(&mut self, ago: Duration, now: Instant) {
+        self.asker.was_away(ago, now);
+    }
 
     /// From here on. Before the first contact its clock begins anew.
     pub fn set_timeout(&mut self, timeout: Duration, now: Instant) {

@@ -42,6 +42,10 @@ pub struct Kept {
     pub returned: Room,
     /// the charges of records up to here are in `returned`
     pub upto: Seq,
+    /// how long the server keeps what it grants while we are away; 0: not known
+    pub keep_ms: u64,
+    /// when it was last there, by the driver's clock on the wall; 0: not known
+    pub heard_ns: u64,
 }
 
 /// How writes are counted.
@@ -228,7 +232,8 @@ impl Grant {
             true => inner.kept.returned.max(returned),
             false => returned,
         };
-        inner.kept = Kept { epoch, granted, returned, upto };
+        let (keep_ms, heard_ns) = (terms.keep_ms, inner.kept.heard_ns);
+        inner.kept = Kept { epoch, granted, returned, upto, keep_ms, heard_ns };
     }
     /// Whether it is known how the server is off for room.
     pub fn is_heard(&self) -> bool {
@@ -250,6 +255,10 @@ impl Grant {
     }
     pub fn away(&self) {
         self.inner().online = false;
+    }
+    /// The server is there, or was until now.
+    pub fn note_there(&self, now_ns: u64) {
+        self.inner().kept.heard_ns = now_ns;
     }
     /// The server has been away for longer than it keeps what it grants.
     pub fn end(&self) {

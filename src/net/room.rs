@@ -89,6 +89,8 @@ pub fn grant_of(
         granted: room(figures.granted),
         returned: room(figures.returned),
         upto: Seq(figures.upto),
+        keep_ms: figures.keep_ms,
+        heard_ns: figures.heard_ns,
     };
     let grant = Grant::new(kept, optimistic);
     for entry in cache.log.entries(cache.acked().next().max(cache.log.first())) {
@@ -99,7 +101,7 @@ pub fn grant_of(
 }
 
 pub fn figures(grant: &Grant) -> Figures {
-    let Kept { epoch, granted, returned, upto } = grant.kept();
+    let Kept { epoch, granted, returned, upto, keep_ms, heard_ns } = grant.kept();
     let (granted, returned) = (pair(granted), pair(returned));
-    Figures { epoch, granted, returned, upto: upto.0 }
+    Figures { epoch, granted, returned, upto: upto.0, keep_ms, heard_ns }
 }

@@ -92,6 +92,12 @@ pub struct Figures {
     pub returned: Pair,
     /// the newest record whose charge is in `returned`
     pub upto: u64,
+    /// how long the server keeps what it grants while this client is away; 0: not known
+    #[serde(default)]
+    pub keep_ms: u64,
+    /// when it was last there, since the Unix epoch; 0: not known
+    #[serde(default)]
+    pub heard_ns: u64,
 }
 
 /// The same in its file.
@@ -250,10 +256,16 @@ mod tests {
     fn figures_of_an_earlier_life_of_the_machine_leave_nothing_to_use() {
         let dir = tempfile::tempdir().unwrap();
         let file = FiguresFile::of(dir.path());
-        let figures = Figures { epoch: 4, granted: (90, 9), returned: (40, 4), upto: 6 };
+        let (granted, returned, keep_ms, heard_ns) = ((90, 9), (40, 4), 1000, 5);
+        let figures = Figures { epoch: 4, granted, returned, upto: 6, keep_ms, heard_ns };
         file.keep(&figures).unwrap();
         let read = file.read().unwrap();
-        assert_eq!((read.epoch, read.granted, read.returned, read.upto), (4, (90, 9), (40, 4), 6));
+        assert_eq!(read, figures);
+        let old = r#"{"version":1,"boot_id":"closed","figures":
+            {"epoch":4,"granted":[90,9],"returned":[40,4],"upto":6}}"#;
+        std::fs::write(dir.path().join(FIGURES), old).unwrap();
+        assert_eq!(file.read(), Some(Figures { keep_ms: 0, heard_ns: 0, ..figures }));
+        file.keep(&figures).unwrap();
         let text = std::fs::read_to_string(dir.path().join(FIGURES)).unwrap();
         std::fs::write(dir.path().join(FIGURES), text.replace("90", "91")).unwrap();
         assert_eq!(file.read(), None, "its checksum is wrong");

@@ -982,6 +982,45 @@ fn no_want_of_room_is_too_large_to_be_asked_for() {
     }
 }
 
+/// Tries to come back each second, in vain; whether room is left.
+fn free_after(rig: &mut Rig, grant: &Grant, seconds: u64) -> bool {
+    for _ in 0..seconds {
+        rig.now += Duration::from_secs(1);
+        rig.client.on_wake(rig.now);
+        if rig.client.is_connecting() {
+            rig.client.on_closed(rig.now);
+        }
+        rig.effects();
+    }
+    !grant.figures().free.is_none()
+}
+
+#[test]
+fn a_grant_ends_with_the_servers_patience_however_often_it_is_called() {
+    let mut rig = Rig::new(0, 0);
+    let grant = Grant::new(Kept::default(), false);
+    rig.client.set_grant(grant.clone());
+    rig.connect();
+    let (id, _) = rig.sent().remove(0);
+    let (epoch, granted, returned, keep_ms) = (1, Room::new(9, 9), Room::NONE, 160_000);
+    let room = Some(RoomTerms { epoch, granted, returned, ample: false, short: false, keep_ms });
+    rig.answer(id, Welcome { room, ..welcome(0, 50) });
+    rig.client.on_closed(rig.now);
+    assert!(free_after(&mut rig, &grant, 149) && !free_after(&mut rig, &grant, 2));
+    // the next life goes on with the same clock
+    for (ago, left) in [(100, 49), (40, 109)] {
+        let mut rig = Rig::new(0, 0);
+        let grant = Grant::new(grant.kept(), false);
+        rig.client.set_grant(grant.clone());
+        rig.client.was_away(Duration::from_secs(ago), rig.now);
+        assert!(free_after(&mut rig, &grant, left) && !free_after(&mut rig, &grant, 2), "{ago}");
+    }
+    let late = Grant::new(grant.kept(), false);
+    rig.client.set_grant(late.clone());
+    rig.client.was_away(Duration::from_secs(200), rig.now);
+    assert!(late.figures().free.is_none(), "at once");
+}
+
 // Found by the simulation: history 51302.
 #[test]
 fn what_was_sent_in_two_batches_is_not_cut_as_one() {

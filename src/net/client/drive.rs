@@ -121,7 +121,11 @@ impl Driver {
         let seed = facts.incarnation() as u64 ^ u64::from(std::process::id());
         let settings = Settings { age: options.age, ..Settings::default() };
         let mut machine = Client::new(who, current, acked, settings, seed, now);
+        let heard_ns = options.grant.kept().heard_ns;
         machine.set_grant(options.grant);
+        if heard_ns > 0 {
+            machine.was_away(clock::since_wall(heard_ns), now);
+        }
         Driver {
             shared,
             peer,
@@ -410,6 +414,7 @@ impl Driver {
             Effect::LockEnded { number, how } => self.lock_ended(number, how),
             Effect::LockLost { lock } => self.lock_lost(&lock),
             Effect::SetOnline(online) => {
+                self.shared.grant.note_there(clock::wall_ns());
                 self.set_online(online);
                 // What it was given while the server was away is no better than the rest.
                 if online && self.shared.rights.edit(|rights| rights.volume()) == Mode::None {
@@ -620,6 +625,9 @@ impl Driver {
 
     fn keep_grant(&self) {
         let Some(file) = &self.grant_file else { return };
+        if self.machine.is_online() {
+            self.shared.grant.note_there(clock::wall_ns());
+        }
         if let Err(e) = file.keep(&room::figures(&self.shared.grant)) {
             self.note_error(&format!("what was granted cannot be kept: {e}"));
         }
