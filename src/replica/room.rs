@@ -74,6 +74,11 @@ impl Figures {
     pub fn outstanding(&self) -> Pair {
         less(self.granted, self.returned)
     }
+    /// Whether what `before` says must not be used any more: something of it was taken back.
+    pub fn takes_back(&self, before: &Figures) -> bool {
+        let less = !covers(self.granted, before.granted) || !covers(before.returned, self.returned);
+        less || self.epoch != before.epoch
+    }
 }
 
 fn less(all: Pair, part: Pair) -> Pair {
@@ -212,6 +217,16 @@ impl FiguresFile {
         std::fs::write(&new, seal(&all)?)?;
         std::fs::rename(new, &self.0)
     }
+    /// Better none than an old one that cannot be replaced: it would be used again.
+    ///
+    /// # Errors
+    /// As unlink(2).
+    pub fn drop_figures(&self) -> io::Result<()> {
+        match std::fs::remove_file(&self.0) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
     /// The last word of this life, good for every later one. Durable on return: yes.
     ///
     /// # Errors
@@ -274,5 +289,24 @@ mod tests {
         assert_eq!(file.read().unwrap().granted, (40, 4));
         file.close(&figures).unwrap();
         assert_eq!(file.read().unwrap().granted, (90, 9));
+        file.drop_figures().unwrap();
+        file.drop_figures().unwrap();
+        assert_eq!(file.read(), None);
+    }
+
+    #[test]
+    fn what_was_taken_back_is_kept_at_once() {
+        let (granted, returned) = ((90, 9), (40, 4));
+        let before = Figures { epoch: 4, granted, returned, ..Figures::default() };
+        let table = [
+            (Figures { granted: (91, 9), upto: 7, heard_ns: 9, ..before }, false),
+            (Figures { granted: (91, 8), ..before }, true),
+            (Figures { returned: (40, 5), ..before }, true),
+            (Figures { returned: (39, 4), ..before }, false),
+            (Figures { epoch: 5, ..before }, true),
+        ];
+        for (now, must) in table {
+            assert_eq!(now.takes_back(&before), must, "{now:?}");
+        }
     }
 }

@@ -22,7 +22,7 @@ use crate::replica::cache::Cache;
 use crate::replica::hydrate::{self, Notice};
 use crate::replica::merge::{self, Listing};
 use crate::replica::meta::Meta;
-use crate::replica::room::FiguresFile;
+use crate::replica::room::{Figures, FiguresFile};
 use crate::replica::tree::TreeError;
 use crate::sys::clock;
 
@@ -79,6 +79,8 @@ pub(super) struct Driver {
     changed: bool,
     rate: Rate,
     grant_file: Option<Arc<FiguresFile>>,
+    /// what stands there, if this life wrote it
+    grant_kept: Figures,
     stop: bool,
 }
 
@@ -157,6 +159,7 @@ impl Driver {
             changed: false,
             rate: Rate { since: now, out: 0, per_second: 0.0 },
             grant_file: options.grant_file,
+            grant_kept: Figures::default(),
             stop: false,
             cache,
         }
@@ -424,7 +427,7 @@ impl Driver {
                     self.for_online.drain(..).for_each(|waiter| waiter.end(Ok(())));
                 }
             }
-            Effect::KeepGrant => self.keep_grant(),
+            Effect::KeepGrant => self.keep_grant_in_time(now),
             Effect::SaveCurrent(_) => self.keep(now),
         }
     }
@@ -579,6 +582,9 @@ impl Driver {
     fn keep_house(&mut self, now: Instant) {
         if self.flush_at.is_some_and(|at| now >= at) {
             self.flush_at = None;
+            if room::figures(&self.shared.grant) != self.grant_kept {
+                self.keep_grant();
+            }
             self.worker.give(Job::Flush);
         }
         if now >= self.keep_at && self.must_keep() {
@@ -623,13 +629,26 @@ impl Driver {
         self.worker.give(Job::Keep { acked: self.kept.0, current: self.kept.1 });
     }
 
-    fn keep_grant(&self) {
+    /// Before anything goes out that takes back what the file says: the next life must not use it
+    /// again. What is granted on top has time.
+    fn keep_grant_in_time(&mut self, now: Instant) {
+        match room::figures(&self.shared.grant).takes_back(&self.grant_kept) {
+            true => self.keep_grant(),
+            false => drop(self.flush_at.get_or_insert(now + FLUSH_AFTER)),
+        }
+    }
+
+    fn keep_grant(&mut self) {
         let Some(file) = &self.grant_file else { return };
         if self.machine.is_online() {
             self.shared.grant.note_there(clock::wall_ns());
         }
-        if let Err(e) = file.keep(&room::figures(&self.shared.grant)) {
-            self.note_error(&format!("what was granted cannot be kept: {e}"));
+        self.grant_kept = room::figures(&self.shared.grant);
+        if let Err(e) = file.keep(&self.grant_kept) {
+            self.grant_kept = Figures::default();
+            let dropped = file.drop_figures();
+            let rest = dropped.err().map_or(String::new(), |e| format!("; nor dropped: {e}"));
+            self.note_error(&format!("what was granted cannot be kept: {e}{rest}"));
         }
     }
 
