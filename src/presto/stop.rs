@@ -18,11 +18,14 @@
 //! Writers that rest are made to ask as well. Then they need no reserve, and others can have it.
 //! Source: file_remove_privs() in Linux (fs/inode.c), and S_NOSEC in fs/fuse.
 
+use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::filter::{Filter, Result, Want};
 use super::open::{Open, held};
@@ -31,7 +34,7 @@ use crate::kml::record::Fid;
 use crate::lento::grant::{Charge, Regime};
 use crate::lento::policy;
 use crate::lento::room::Room;
-use crate::sys::fs;
+use crate::sys::{fs, limit};
 
 /// What the kernel may write before it is looked at again, at least.
 const RESERVE_MIN: u64 = policy::AMPLE_LEN;
@@ -121,6 +124,39 @@ impl ByKernel {
     fn wake(&self, kernel: &mut Kernel) {
         kernel.wrote_at = Some(Instant::now());
         self.changed.notify_all();
+    }
+}
+
+/// Looks at files of the mount, as a program does.
+pub struct Looks {
+    ask: Sender<PathBuf>,
+    seen: Receiver<Option<u64>>,
+}
+
+impl Looks {
+    /// Starts its thread, which ends with it.
+    ///
+    /// # Errors
+    /// As pthread_create(3).
+    pub fn start() -> io::Result<Looks> {
+        let ((ask, paths), (tell, seen)) = (bounded::<PathBuf>(1), bounded(1));
+        std::thread::Builder::new().name("look".into()).spawn(move || {
+            limit::go_first();
+            if let Err(e) = limit::let_go_of_files() {
+                return log::warn!("who writes past the daemon cannot be stopped: {e}");
+            }
+            for path in paths {
+                if tell.send(fs::look_again(&path).ok()).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(Looks { ask, seen })
+    }
+    /// The number of what is there. Waits as long as a program would.
+    fn look(&self, path: PathBuf) -> Option<u64> {
+        self.ask.send(path).ok()?;
+        self.seen.recv().ok()?
     }
 }
 
@@ -236,7 +272,7 @@ impl Filter {
 
     /// Makes the kernel ask before it writes to what it writes by itself; `mount`: where it is
     /// mounted. May wait as long as a look at a file there may.
-    pub fn make_kernel_ask(&self, mount: &Path) {
+    pub fn make_kernel_ask(&self, looks: &Looks, mount: &Path) {
         let writers = || {
             let all = self.files.written().into_iter();
             all.filter(|open| open.state().by_kernel())
@@ -251,7 +287,7 @@ impl Filter {
             // what has lost its name is not shipped any more
             let before = fs::fstat(&open.fd).map(|stat| (stat.size, stat.blocks, stat.mtime));
             let path = mount.join(std::ffi::OsStr::from_bytes(&path));
-            let seen = fs::look_again(&path).is_ok_and(|ino| ino == open.fid.0);
+            let seen = looks.look(path) == Some(open.fid.0);
             let after = fs::fstat(&open.fd).map(|stat| (stat.size, stat.blocks, stat.mtime));
             // A hole may be filled by a mapping. A write that was let go long ago is over.
             let whole = after.is_ok_and(|(size, blocks, _)| blocks.saturating_mul(512) >= size);
