@@ -385,7 +385,7 @@ fn watch_kernel(filter: &Arc<Filter>, mountpoint: &Path) -> anyhow::Result<()> {
     std::thread::Builder::new().name("stop".into()).spawn(move || {
         sys::limit::go_first();
         while let Some(filter) = asks.upgrade() {
-            if filter.by_kernel.wait_guarded(LOOK_EVERY) {
+            if filter.by_kernel.wait_guarded(policy::REST_EVERY) {
                 filter.make_kernel_ask(&looks, &mountpoint);
                 let close = filter.by_kernel.is_guarded();
                 drop(filter);
