@@ -125,7 +125,14 @@ impl Asker {
     /// Away from the server nobody is asked any more.
     pub fn give_up(&mut self, line: &mut Line) {
         for (need, ticket) in std::mem::take(&mut self.waiting) {
-            line.resolve([ticket], if need.is_none() { Ok(()) } else { Err(Unmet::NoRoom) });
+            line.resolve([ticket], self.without_more(need));
+        }
+    }
+    /// How a want ends for which nobody is asked.
+    pub fn without_more(&self, need: Room) -> Result<(), Unmet> {
+        match need.is_none() || self.grant.takes_any() {
+            true => Ok(()),
+            false => Err(Unmet::NoRoom),
         }
     }
 

@@ -92,6 +92,10 @@ impl Inner {
     fn is_off(&self) -> bool {
         self.never || self.off
     }
+    /// What is not granted is taken all the same.
+    fn takes_any(&self) -> bool {
+        self.is_off() || (self.optimistic && !self.online)
+    }
     fn held(&self) -> Room {
         self.kept.granted.less(self.kept.returned)
     }
@@ -154,8 +158,7 @@ impl Grant {
     pub fn charge(self: &Arc<Grant>, room: Room) -> Option<Charge> {
         if !room.is_none() {
             let mut inner = self.inner();
-            let anyway = inner.is_off() || (inner.optimistic && !inner.online);
-            if !anyway && !inner.free().covers(room) {
+            if !inner.takes_any() && !inner.free().covers(room) {
                 return None;
             }
             inner.in_use = inner.in_use.plus(room);
@@ -297,6 +300,10 @@ impl Grant {
     }
     pub fn is_off(&self) -> bool {
         self.inner().is_off()
+    }
+    /// Whether room is taken whatever was granted.
+    pub fn takes_any(&self) -> bool {
+        self.inner().takes_any()
     }
 }
 

@@ -928,6 +928,20 @@ fn who_lacks_room_waits_for_a_server_that_is_away_as_long_as_anybody() {
     assert!(rig.effects().contains(&no_room));
 }
 
+#[test]
+fn an_optimist_who_waited_when_the_server_went_writes_on() {
+    let mut rig = Rig::new(0, 0);
+    rig.client.set_grant(Grant::new(Kept::default(), true));
+    rig.client.on_want(Want::Room(Room::new(1, 0)), 1, rig.now);
+    rig.effects();
+    rig.pass(policy::away_after(policy::TIMEOUT).as_millis() as u64);
+    rig.client.on_want(Want::Room(Room::new(1, 0)), 2, rig.now);
+    let effects = rig.effects();
+    for ticket in [1, 2] {
+        assert!(effects.contains(&Effect::Resolve { ticket, how: Ok(()) }), "{ticket}");
+    }
+}
+
 /// A rig that catches up, with room reserved.
 fn catching_up(settled: u64) -> Rig {
     let mut rig = Rig::new(0, settled);
