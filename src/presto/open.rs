@@ -37,6 +37,8 @@ pub struct OpenState {
     mappers: u32,
     /// the kernel asks before it writes the next time (stop.rs)
     pub asks: bool,
+    /// it never had a name, and may get one
+    pub may_be_named: bool,
     /// room for what was written since the last store record
     pub charge: Option<Charge>,
     /// in the table of files that were open for writing when the process died
@@ -114,6 +116,14 @@ impl Mark {
 impl Open {
     pub fn state(&self) -> MutexGuard<'_, OpenState> {
         held(&self.state)
+    }
+
+    /// Whether what the kernel writes to it counts: it may be shipped. What has lost its last name is
+    /// nobody's but its holders'.
+    pub fn is_counted(&self) -> bool {
+        let state = self.state();
+        let has_name = || fs::fstat(&self.fd).is_ok_and(|stat| stat.nlink > 0);
+        state.by_kernel() && (state.may_be_named || has_name())
     }
 
     /// Notes bytes that were written through the daemon, and the room that was taken for them.
@@ -205,13 +215,15 @@ impl OpenFiles {
                 let dirty = if way.unseen { None } else { Some(Vec::new()) };
                 let (slot, stored, held_blocks) = (None, way.mark, way.blocks);
                 let (handles, writers, changed) = (0, 0, false);
-                let (kernel_writers, mappers, asks, charge) = (0, 0, false, None);
+                let (kernel_writers, mappers, charge) = (0, 0, None);
+                let (asks, may_be_named) = (false, false);
                 let state = OpenState {
                     handles,
                     writers,
                     kernel_writers,
                     mappers,
                     asks,
+                    may_be_named,
                     charge,
                     slot,
                     stored,

@@ -220,7 +220,10 @@ impl Filter {
         }
         let mut written = 0;
         for open in self.files.written().into_iter().filter(|open| open.state().by_kernel()) {
-            written += self.look_at_one(&open);
+            match open.is_counted() {
+                true => written += self.look_at_one(&open),
+                false => open.state().charge = None,
+            }
         }
         let mut kernel = held(&self.by_kernel.state);
         if kernel.writers == 0 {
@@ -291,7 +294,7 @@ impl Filter {
     pub fn make_kernel_ask(&self, looks: &Looks, mount: &Path) {
         let writers = || {
             let all = self.files.written().into_iter();
-            all.filter(|open| open.state().by_kernel())
+            all.filter(|open| open.is_counted())
         };
         let (guarded, rests) = {
             let kernel = held(&self.by_kernel.state);
@@ -300,7 +303,6 @@ impl Filter {
         };
         for open in writers().filter(|open| guarded || !open.state().asks) {
             let path = self.cache.tree.path_by_fid(open.fid);
-            // what has lost its name is not shipped any more
             let before = fs::fstat(&open.fd).map(|stat| (stat.size, stat.blocks, stat.mtime));
             let path = mount.join(std::ffi::OsStr::from_bytes(&path));
             let seen = looks.look(path) == Some(open.fid.0);
@@ -331,7 +333,7 @@ impl Filter {
     }
     /// The kernel is about to write to a file, and asks: it may when there is room.
     pub fn let_kernel_write(&self, fid: Fid) -> Result<()> {
-        let Some(open) = self.files.get(fid).filter(|open| open.state().by_kernel()) else {
+        let Some(open) = self.files.get(fid).filter(|open| open.is_counted()) else {
             return Ok(());
         };
         if self.room.is_off() {

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::kml::log::Log;
-use crate::kml::record::{Fid, Name, Seq, Time};
+use crate::kml::record::{Fid, Name, ROOT, Seq, Time};
 use crate::kml::writers::Writers;
 use crate::lento::grant::{Grant, Kept};
 use crate::lento::locks::LockAsk;
@@ -65,6 +65,7 @@ fn rig(bytes: u64) -> Rig {
     let meta = Meta { epoch: cache.epoch(), ..Meta::whole(FILE) };
     let (root, name) = (cache.tree.root().clone(), Name::new(b"f").unwrap());
     cache.tree.create(&root, &name, by(), 0o644, &meta, Time::default()).unwrap();
+    cache.tree.edit_dir(&root, |meta| (meta.complete, meta.epoch) = (true, cache.epoch())).unwrap();
     cache.set_online(true);
     let rights = Arc::new(Held::default());
     rights.edit(|rights| rights.set_volume(Mode::Write));
@@ -193,4 +194,23 @@ fn a_hole_that_is_made_takes_no_room_nor_do_writes_and_stores_beside_it() {
     rig.filter.store(&grip.open).unwrap();
     assert!((2 * MIB..3 * MIB).contains(&rig.in_use()), "{}", rig.in_use());
     rig.filter.close(&grip).1.unwrap();
+}
+
+#[test]
+fn what_has_lost_its_name_holds_no_room_and_no_reserve() {
+    let rig = rig(2048 * MIB);
+    rig.filter.room.hear(&terms(2048 * MIB, true));
+    rig.filter.passthrough.store(true, Ordering::Relaxed);
+    let grip = rig.open(o::RDWR).unwrap();
+    std::fs::write(rig.path(), [1; 1 << 20]).unwrap();
+    let (_, other) = rig.filter.tmpfile(by(), ROOT, 0o600, o::RDWR).unwrap();
+    assert!(grip.by_kernel && other.by_kernel);
+    rig.filter.look_at_kernel();
+    assert!(rig.in_use() > 256 * MIB + MIB);
+    rig.filter.unlink(by(), ROOT, b"f").unwrap();
+    rig.filter.look_at_kernel();
+    assert!(!grip.open.is_counted() && other.open.is_counted(), "that one may get a name");
+    assert!(rig.in_use() < 256 * MIB + MIB, "the reserve alone");
+    rig.filter.close(&grip).1.unwrap();
+    rig.filter.close(&other).1.unwrap();
 }
