@@ -630,9 +630,9 @@ impl Driver {
     }
 
     /// Before anything goes out that takes back what the file says: the next life must not use it
-    /// again. What is granted on top has time.
+    /// again. What is granted on top has time, unless it is most of what there is.
     fn keep_grant_in_time(&mut self, now: Instant) {
-        match room::figures(&self.shared.grant).takes_back(&self.grant_kept) {
+        match room::must_keep(&self.shared.grant, &self.grant_kept) {
             true => self.keep_grant(),
             false => drop(self.flush_at.get_or_insert(now + FLUSH_AFTER)),
         }
