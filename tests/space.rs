@@ -10,7 +10,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::RwLock;
 use std::time::{Duration, Instant};
@@ -339,6 +339,59 @@ fn a_writer_that_rests_keeps_no_room_from_others() {
     let there = fs::read(server.dir().join("log")).unwrap();
     assert!(there.starts_with(b"begun, and gone on") && there.ends_with(b", to its end"));
     nothing_refused(&server, &[&rests, &others]);
+}
+
+/// A thread of the process waits in statx(2).
+fn looks_at_a_file(pid: u32) -> bool {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    tasks.flatten().any(|task| {
+        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let call = format!("{} ", libc::SYS_statx);
+        ["look", "stop"].contains(&read("comm").trim()) && read("syscall").starts_with(&call)
+    })
+}
+
+#[test]
+fn a_mount_that_looks_at_itself_can_be_killed() {
+    let (Some(disk), Some(caches)) = (Disk::new(2200), Disk::new(1000)) else { return };
+    let server = Server::start(&disk);
+    let mut mount = Mount::start(&server, &caches, "a");
+    let other = Mount::start(&server, &caches, "b");
+    wait_for("there is plenty", 10, || mount.status()["space_regime"] == "ample");
+    // A writer that rests, with a hole that a mapping might fill: it is looked at again and again.
+    let log = File::create_new(mount.at("log")).unwrap();
+    log.set_len(MIB).unwrap();
+    let mut hangs = false;
+    for mode in 0o600..0o640 {
+        fs::set_permissions(other.at("log"), fs::Permissions::from_mode(mode)).unwrap();
+        server.freeze();
+        std::thread::sleep(Duration::from_millis(600));
+        hangs = looks_at_a_file(mount.pid());
+        if hangs {
+            break;
+        }
+        server.thaw();
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(hangs, "no look was ever without an answer");
+    let pid = mount.pid();
+    let killed = rustix::process::Pid::from_raw(pid as i32).unwrap();
+    rustix::process::kill_process(killed, rustix::process::Signal::KILL).unwrap();
+    let tasks = || fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    let ends_at = Instant::now() + Duration::from_secs(5);
+    while tasks() > 1 && Instant::now() < ends_at {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let ended = tasks() <= 1;
+    if !ended {
+        // Or it stays for ever, as what waits for it does: the first fork here, which closes the log.
+        let _ = rustix::mount::unmount(mount.path(), rustix::mount::UnmountFlags::FORCE);
+    }
+    assert!(ended, "the kernel keeps what was killed");
+    server.thaw();
+    drop(log);
+    mount.kill();
+    mount.umount_dead();
 }
 
 fn write_all(mut file: &File, bytes: &[u8]) {

@@ -65,6 +65,10 @@ pub(super) struct Asker {
 
 impl Asker {
     pub fn new(grant: Arc<Grant>) -> Asker {
+        let keep = match grant.kept().keep_ms {
+            0 => policy::KEEP_GRANT,
+            ms => Duration::from_millis(ms),
+        };
         Asker {
             grant,
             stage: Stage::Idle,
@@ -75,7 +79,7 @@ impl Asker {
             ahead_at: None,
             told: Room::NONE,
             tell_at: None,
-            keep: policy::KEEP_GRANT,
+            keep,
             ends_at: None,
         }
     }
@@ -103,14 +107,32 @@ impl Asker {
         self.grant.away();
         (self.stage, self.tell_at) = (Stage::Idle, None);
         self.recalls.clear();
-        // We stop a little earlier than the server stops to keep it.
-        let keep = self.keep.saturating_sub(self.keep / 16);
-        self.ends_at = now.checked_add(keep);
+        // An attempt to come back that fails makes it no later.
+        self.ends_at = self.ends_at.or_else(|| now.checked_add(self.kept_for()));
+    }
+    /// The life before this one ended without the server, which was last there so long ago.
+    pub fn was_away(&mut self, ago: Duration, now: Instant) {
+        let left = self.kept_for().saturating_sub(ago);
+        self.ends_at = now.checked_add(left);
+        if left.is_zero() {
+            self.grant.end();
+        }
+    }
+    /// We stop a little earlier than the server stops to keep it.
+    fn kept_for(&self) -> Duration {
+        self.keep.saturating_sub(self.keep / 16)
     }
     /// Away from the server nobody is asked any more.
     pub fn give_up(&mut self, line: &mut Line) {
         for (need, ticket) in std::mem::take(&mut self.waiting) {
-            line.resolve([ticket], if need.is_none() { Ok(()) } else { Err(Unmet::NoRoom) });
+            line.resolve([ticket], self.without_more(need));
+        }
+    }
+    /// How a want ends for which nobody is asked.
+    pub fn without_more(&self, need: Room) -> Result<(), Unmet> {
+        match need.is_none() || self.grant.takes_any() {
+            true => Ok(()),
+            false => Err(Unmet::NoRoom),
         }
     }
 
@@ -198,6 +220,8 @@ impl Asker {
     }
     fn ask(&mut self, need: Room, ahead: bool, line: &mut Line, now: Instant) {
         let Some(held) = self.hello() else { return };
+        // More is no message that the server takes; and it has no more.
+        let need = need.min(Room::MOST);
         (self.told, self.tell_at) = (held.returned, None);
         self.stage = Stage::Asked;
         line.effect(Effect::KeepGrant);

@@ -16,6 +16,8 @@ use crate::kml::record::{Fid, Op, Range, Record};
 
 /// An entry of the journal without what varies, of the index, and of the table of clients, bytes.
 const RECORD_LEN: u64 = 512;
+/// What each range of a store adds to that.
+pub const RANGE_LEN: u64 = 16;
 /// A directory whose blocks are full gets one more. (Once in some thousand names its index grows, too:
 /// the server keeps a margin for that.)
 const DIR_LEN: u64 = BLOCK_LEN;
@@ -81,7 +83,7 @@ pub fn of_store(ranges: &[Range], path_len: u64) -> Room {
         blocks(range.at.saturating_add(range.len).saturating_sub(first))
     });
     let data = data.fold(0, u64::saturating_add);
-    let entry = RECORD_LEN.saturating_add(path_len).saturating_add(16 * ranges.len() as u64);
+    let entry = RECORD_LEN.saturating_add(path_len).saturating_add(RANGE_LEN * ranges.len() as u64);
     // at worst each block is an extent
     let map_len = if data > EXTENTS_INSIDE * BLOCK_LEN { BLOCK_LEN } else { 0 };
     let len = data.saturating_add(data / MAP_PART).saturating_add(map_len).saturating_add(entry);

@@ -461,6 +461,10 @@ impl Client {
     pub fn set_grant(&mut self, grant: Arc<Grant>) {
         self.asker = Asker::new(grant);
     }
+    /// Before the first contact: so long ago the server was last there for this cache.
+    pub fn was_away(&mut self, ago: Duration, now: Instant) {
+        self.asker.was_away(ago, now);
+    }
 
     /// From here on. Before the first contact its clock begins anew.
     pub fn set_timeout(&mut self, timeout: Duration, now: Instant) {
@@ -939,9 +943,11 @@ impl Client {
             return self.line.resolve([ticket], Ok(())); // away from the server nobody asks
         }
         if !online && now >= self.grace_until {
-            let room = matches!(want, Want::Room(_));
-            let why = if room { Unmet::NoRoom } else { Unmet::Unreachable };
-            return self.line.resolve([ticket], Err(why));
+            let how = match want {
+                Want::Room(need) => self.asker.without_more(need),
+                _ => Err(Unmet::Unreachable),
+            };
+            return self.line.resolve([ticket], how);
         }
         if let Want::Room(need) = want {
             return self.asker.on_want(need, ticket, online, &mut self.line, now);

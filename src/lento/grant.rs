@@ -9,14 +9,21 @@
 //!
 //! A [`Charge`] is taken before an operation acts. It is bound to the operation's record, or given
 //! back when it is dropped. When its record is acknowledged, the room is in the disk's figures, so
-//! the charge goes to `returned` and is never used again. A store of all of a file takes over what an
-//! earlier one of it has that was not sent: only the later one is shipped. Both counters only grow, so a message
-//! that is lost, late or doubled changes nothing. What must be done at any price (the store of data
+//! the charge goes to `returned` and is never used again. Both counters only grow, so a message that
+//! is lost, late or doubled changes nothing.
+//!
+//! Away from the server a store of all of a file takes over what an earlier one of it has that was
+//! not sent: most likely only the later one is shipped, and a program that stores again and again
+//! would use up what is granted. If both are shipped in the end, the earlier one gets its room back
+//! before it goes out, beyond the grant if need be. With the server there nothing is taken over: what
+//! pends is shipped soon, and gives its room back.
+//!
+//! What must be done at any price (the store of data
 //! that are written already) is charged beyond the grant: then nothing is given back until the
 //! grant covers it again. Pure: no I/O, no clock.
 //! Source: Calypso's reservations; the traps of Lustre's grants.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::charge;
@@ -35,6 +42,10 @@ pub struct Kept {
     pub returned: Room,
     /// the charges of records up to here are in `returned`
     pub upto: Seq,
+    /// how long the server keeps what it grants while we are away; 0: not known
+    pub keep_ms: u64,
+    /// when it was last there, by the driver's clock on the wall; 0: not known
+    pub heard_ns: u64,
 }
 
 /// How writes are counted.
@@ -56,6 +67,8 @@ struct Inner {
     bound: VecDeque<(Seq, Room)>,
     /// of these, the newest store of all of a file
     stores: HashMap<Fid, Seq>,
+    /// what later ones took over, by the record that had it
+    taken: BTreeMap<Seq, Room>,
     /// records up to here may be on their way
     sent: Seq,
     /// nothing is counted, by choice
@@ -79,19 +92,28 @@ impl Inner {
     fn is_off(&self) -> bool {
         self.never || self.off
     }
+    /// What is not granted is taken all the same.
+    fn takes_any(&self) -> bool {
+        self.is_off() || (self.optimistic && !self.online)
+    }
     fn held(&self) -> Room {
         self.kept.granted.less(self.kept.returned)
     }
     fn free(&self) -> Room {
         if self.ended { Room::NONE } else { self.held().less(self.in_use) }
     }
-    /// Takes the room of a store that will not be shipped, as a later one says all that it says.
-    fn take_over(&mut self, fid: Fid) -> Room {
-        let Some(seq) = self.stores.get(&fid).copied().filter(|seq| *seq > self.sent) else {
-            return Room::NONE;
-        };
-        let at = self.bound.binary_search_by_key(&seq, |(seq, _)| *seq);
-        at.map_or(Room::NONE, |at| std::mem::take(&mut self.bound[at].1))
+    /// A record takes its room. Of all of a file, it is most likely shipped instead of the one before.
+    fn bind(&mut self, seq: Seq, room: Room, whole: Option<Fid>) {
+        bind(&mut self.bound, seq, room);
+        let Some(before) = whole.and_then(|fid| self.stores.insert(fid, seq)) else { return };
+        if self.online || before <= self.sent {
+            return;
+        }
+        if let Ok(at) = self.bound.binary_search_by_key(&before, |(seq, _)| *seq) {
+            let room = std::mem::take(&mut self.bound[at].1);
+            self.in_use = self.in_use.less(room);
+            self.taken.insert(before, room);
+        }
     }
     /// Gives back as much of this as is not needed by what is in use.
     fn give_back(&mut self, room: Room) {
@@ -136,8 +158,7 @@ impl Grant {
     pub fn charge(self: &Arc<Grant>, room: Room) -> Option<Charge> {
         if !room.is_none() {
             let mut inner = self.inner();
-            let anyway = inner.is_off() || (inner.optimistic && !inner.online);
-            if !anyway && !inner.free().covers(room) {
+            if !inner.takes_any() && !inner.free().covers(room) {
                 return None;
             }
             inner.in_use = inner.in_use.plus(room);
@@ -157,16 +178,18 @@ impl Grant {
         if seq <= inner.kept.upto {
             return;
         }
-        let (room, whole) = (charge::of(record), charge::whole(&record.op));
-        let before = whole.map_or(Room::NONE, |fid| inner.take_over(fid));
-        inner.in_use = inner.in_use.less(before).plus(room);
-        bind(&mut inner.bound, seq, room);
-        inner.stores.extend(whole.map(|fid| (fid, seq)));
+        let room = charge::of(record);
+        inner.in_use = inner.in_use.plus(room);
+        inner.bind(seq, room, charge::whole(&record.op));
     }
-    /// The room of an earlier store of all of this file that is not on its way.
-    pub fn of_unsent(self: &Arc<Grant>, fid: Fid) -> Charge {
-        let room = self.inner().take_over(fid);
-        Charge { room, grant: self.clone() }
+    /// The record goes out now, and needs its room whatever took it over.
+    pub fn goes_out(&self, seq: Seq) {
+        let mut inner = self.inner();
+        let Some(room) = inner.taken.remove(&seq) else { return };
+        if let Ok(at) = inner.bound.binary_search_by_key(&seq, |(seq, _)| *seq) {
+            inner.bound[at].1 = room;
+            inner.in_use = inner.in_use.plus(room);
+        }
     }
     /// The server keeps all records up to here, durably.
     pub fn acked(&self, upto: Seq) {
@@ -178,6 +201,7 @@ impl Grant {
         }
         inner.kept.upto = inner.kept.upto.max(upto);
         inner.stores.retain(|_, seq| *seq > upto);
+        inner.taken = inner.taken.split_off(&upto.next());
     }
     /// The records up to here are on their way, and need their room until they have arrived.
     pub fn sent(&self, upto: Seq) {
@@ -195,7 +219,7 @@ impl Grant {
         let inner = self.inner();
         let Kept { epoch, granted, returned, .. } = inner.kept;
         // After a power cut what was heard may be forgotten. What is in use was granted.
-        let granted = granted.max(returned.plus(inner.in_use));
+        let granted = granted.max(returned.plus(inner.in_use)).min(Room::MOST);
         (!inner.never).then_some(RoomHeld { epoch, granted, returned })
     }
     /// The server's first word on a connection: it counts from here.
@@ -211,7 +235,8 @@ impl Grant {
             true => inner.kept.returned.max(returned),
             false => returned,
         };
-        inner.kept = Kept { epoch, granted, returned, upto };
+        let (keep_ms, heard_ns) = (terms.keep_ms, inner.kept.heard_ns);
+        inner.kept = Kept { epoch, granted, returned, upto, keep_ms, heard_ns };
     }
     /// Whether it is known how the server is off for room.
     pub fn is_heard(&self) -> bool {
@@ -233,6 +258,10 @@ impl Grant {
     }
     pub fn away(&self) {
         self.inner().online = false;
+    }
+    /// The server is there, or was until now.
+    pub fn note_there(&self, now_ns: u64) {
+        self.inner().kept.heard_ns = now_ns;
     }
     /// The server has been away for longer than it keeps what it grants.
     pub fn end(&self) {
@@ -272,6 +301,10 @@ impl Grant {
     pub fn is_off(&self) -> bool {
         self.inner().is_off()
     }
+    /// Whether room is taken whatever was granted.
+    pub fn takes_any(&self) -> bool {
+        self.inner().takes_any()
+    }
 }
 
 /// Records may come a little out of order.
@@ -296,9 +329,7 @@ impl Charge {
     pub fn bind(mut self, seq: Seq, whole: Option<Fid>) {
         let room = std::mem::take(&mut self.room);
         if !room.is_none() {
-            let mut inner = self.grant.inner();
-            bind(&mut inner.bound, seq, room);
-            inner.stores.extend(whole.map(|fid| (fid, seq)));
+            self.grant.inner().bind(seq, room, whole);
         }
     }
     /// Takes another one in.
@@ -440,26 +471,36 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_stored_again_and_again_takes_its_room_once() {
+    fn away_from_the_server_a_file_that_is_stored_again_and_again_takes_its_room_once() {
         let grant = met(0);
         grant.hear(&RoomTerms { granted: Room::new(1 << 20, 100), ..terms(5, 0, 0) });
         let room = charge::of(&store(7, 5000));
-        let again = |seq: u64| {
-            let mut charge = grant.of_unsent(Fid(7));
-            let lacks = room.less(charge.room());
-            charge.join(grant.charge(lacks).unwrap());
-            charge.bind(Seq(seq), Some(Fid(7)));
+        let store_at = |seq: u64| {
+            grant.charge(room).unwrap().bind(Seq(seq), Some(Fid(7)));
             grant.figures().in_use
         };
-        assert_eq!([again(1), again(2), again(3)], [room; 3]);
-        grant.sent(Seq(3));
-        assert_eq!(again(4), room.plus(room), "the one that is on its way needs its own");
+        let times = |n: u64| (0..n).map(|_| room).sum::<Room>();
+        assert_eq!([store_at(1), store_at(2)], [times(1), times(2)], "both may be shipped");
+        grant.away();
+        assert_eq!([store_at(3), store_at(4)], [times(2), times(2)], "the last of them, and one");
+        // a store that comes to nothing leaves the one before its room
+        drop(grant.charge(room).unwrap());
+        assert_eq!(grant.figures().in_use, times(2));
+        // found in the journal, the newest has its room
         let next = Grant::new(grant.kept(), false);
         (1..=4).for_each(|seq| next.found(Seq(seq), &store(7, 5000)));
-        assert_eq!(next.figures().in_use, room);
-        grant.acked(Seq(3));
-        grant.acked(Seq(4));
-        assert_eq!((grant.figures().in_use, grant.kept().returned), (Room::NONE, room.plus(room)));
+        assert_eq!(next.figures().in_use, times(1));
+        // the server is back, and two of those that took over are shipped after all
+        grant.goes_out(Seq(3));
+        assert_eq!(grant.figures().in_use, times(3));
+        grant.goes_out(Seq(3));
+        grant.goes_out(Seq(4));
+        assert_eq!(grant.figures().in_use, times(3), "once, and only what it had");
+        grant.sent(Seq(4));
+        assert_eq!(store_at(5), times(4), "the one that is on its way keeps its own");
+        grant.acked(Seq(5));
+        assert_eq!((grant.figures().in_use, grant.kept().returned), (Room::NONE, times(4)));
+        assert!(grant.inner().taken.is_empty());
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub struct Room {
 
 impl Room {
     pub const NONE: Room = Room { bytes: 0, files: 0 };
+    /// the most that a message may carry
+    pub const MOST: Room = Room { bytes: ROOM_MAX, files: ROOM_MAX };
 
     pub const fn new(bytes: u64, files: u64) -> Room {
         Room { bytes, files }
@@ -37,7 +39,7 @@ impl Room {
     }
     /// Whether the figures are such as a message may carry.
     pub fn is_sane(self) -> bool {
-        self.bytes <= ROOM_MAX && self.files <= ROOM_MAX
+        Room::MOST.covers(self)
     }
     pub fn plus(self, other: Room) -> Room {
         self.both(other, u64::saturating_add)
@@ -94,7 +96,7 @@ mod tests {
         assert_eq!(Room::new(5, 1).minus(one), Some(Room::new(4, 0)));
         assert!(Room::new(5, 1).covers(one) && !Room::new(0, 9).covers(one));
         assert_eq!([most, most].into_iter().sum::<Room>(), most);
-        assert!(!most.is_sane() && one.is_sane());
+        assert!(!most.is_sane() && one.is_sane() && Room::MOST.is_sane());
         assert_eq!((blocks(0), blocks(1), blocks(4096), blocks(4097)), (0, 4096, 4096, 8192));
         assert!(blocks(u64::MAX) > u64::MAX - BLOCK_LEN);
         assert_eq!(Room::new(9, 3).part(0), Room::new(9, 3));

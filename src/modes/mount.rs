@@ -32,6 +32,7 @@ use crate::presto::adapter::Ways;
 use crate::presto::device;
 use crate::presto::filter::Filter;
 use crate::presto::pinner::Pinner;
+use crate::presto::stop::Looks;
 use crate::replica::room::FiguresFile;
 use crate::sys::daemon::{self, Forked, Signals, Teller};
 use crate::sys::{self, cred};
@@ -378,13 +379,14 @@ fn watch_kernel(filter: &Arc<Filter>, mountpoint: &Path) -> anyhow::Result<()> {
             }
         }
     })?;
-    // It looks at files of the mount, as a program does: nobody else waits for it.
+    // It waits for looks at files of the mount: nobody else waits for it.
+    let looks = Looks::start()?;
     let (asks, mountpoint) = (Arc::downgrade(filter), mountpoint.to_owned());
     std::thread::Builder::new().name("stop".into()).spawn(move || {
         sys::limit::go_first();
         while let Some(filter) = asks.upgrade() {
-            if filter.by_kernel.wait_guarded(LOOK_EVERY) {
-                filter.make_kernel_ask(&mountpoint);
+            if filter.by_kernel.wait_guarded(policy::REST_EVERY) {
+                filter.make_kernel_ask(&looks, &mountpoint);
                 let close = filter.by_kernel.is_guarded();
                 drop(filter);
                 std::thread::sleep(if close { policy::LOOK_CLOSELY } else { policy::REST_EVERY });

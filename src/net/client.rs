@@ -320,8 +320,8 @@ pub fn start(
         cache: cache.clone(),
     });
     cache.bell.connect(Box::new(move || waker.wake()));
-    let worker =
-        work::start(cache, shared.inbox.clone(), shared.waker.clone(), shared.saved.clone())?;
+    let (tell, waker) = (shared.inbox.clone(), shared.waker.clone());
+    let worker = work::start(cache, shared.grant.clone(), tell, waker, shared.saved.clone())?;
     let driver =
         drive::Driver::new(shared.clone(), peer, options, notifier, event_loop, outbox, worker);
     let thread = std::thread::Builder::new().name("imz-loop".into()).spawn(|| driver.run())?;
@@ -338,6 +338,14 @@ fn space_of(here: &fs::Space) -> Space {
         files: here.files,
         files_free: here.files_free,
     }
+}
+
+/// What others cannot have is ours to write.
+fn with_own(said: Space, free: Room) -> Space {
+    let own = free.bytes().checked_div(u64::from(said.block_len)).unwrap_or(0);
+    let blocks_available = said.blocks_available.saturating_add(own).min(said.blocks);
+    let files_free = said.files_free.saturating_add(free.files()).min(said.files);
+    Space { blocks_available, blocks_free: blocks_available, files_free, ..said }
 }
 
 impl Handle {
@@ -436,18 +444,13 @@ impl Handle {
             space.1 = Some(now);
             self.0.tell(In::WantSpace);
         }
-        let mut shown = space.0;
+        let shown = space.0;
         drop(space);
         let grant = &self.0.grant;
-        if space_heard && !grant.is_off() && shown.block_len > 0 {
-            // What others cannot have is ours to write.
-            let free = grant.figures().free;
-            let own = free.bytes() / u64::from(shown.block_len);
-            shown.blocks_available = (shown.blocks_available + own).min(shown.blocks);
-            shown.blocks_free = shown.blocks_available;
-            shown.files_free = (shown.files_free + free.files()).min(shown.files);
+        match space_heard && !grant.is_off() {
+            true => with_own(shown, grant.figures().free),
+            false => shown,
         }
-        shown
     }
 
     /// Asks the server about conflicts, or decides about one; waits for the answer.

@@ -89,6 +89,8 @@ pub fn grant_of(
         granted: room(figures.granted),
         returned: room(figures.returned),
         upto: Seq(figures.upto),
+        keep_ms: figures.keep_ms,
+        heard_ns: figures.heard_ns,
     };
     let grant = Grant::new(kept, optimistic);
     for entry in cache.log.entries(cache.acked().next().max(cache.log.first())) {
@@ -98,8 +100,48 @@ pub fn grant_of(
     Ok(grant)
 }
 
+/// Whether the figures must be kept at once: those that are kept would give the next life what was
+/// taken back, or less than half of what this one has free.
+pub fn must_keep(grant: &Grant, kept: &Figures) -> bool {
+    let now = figures(grant);
+    let unknown = room(now.granted).less(room(kept.granted));
+    now.takes_back(kept) || !grant.figures().free.part(2).covers(unknown)
+}
+
 pub fn figures(grant: &Grant) -> Figures {
-    let Kept { epoch, granted, returned, upto } = grant.kept();
+    let Kept { epoch, granted, returned, upto, keep_ms, heard_ns } = grant.kept();
     let (granted, returned) = (pair(granted), pair(returned));
-    Figures { epoch, granted, returned, upto: upto.0 }
+    Figures { epoch, granted, returned, upto: upto.0, keep_ms, heard_ns }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lento::message::RoomTerms;
+
+    #[test]
+    fn what_is_granted_on_top_has_time_while_half_is_kept() {
+        let grant = Grant::new(Kept::default(), false);
+        let (returned, ample, short, keep_ms) = (Room::NONE, false, false, 9);
+        let hear = |len: u64| {
+            let granted = Room::new(len, len);
+            let terms = RoomTerms { epoch: 1, granted, returned, ample, short, keep_ms };
+            grant.hear(&terms);
+            terms
+        };
+        grant.welcome(Some(&hear(0)));
+        assert!(must_keep(&grant, &Figures::default()), "another book");
+        let none = figures(&grant);
+        assert!(!must_keep(&grant, &none));
+        hear(100);
+        assert!(must_keep(&grant, &none), "a life without the server could write nothing");
+        let kept = figures(&grant);
+        hear(150);
+        assert!(!must_keep(&grant, &kept));
+        let _used = grant.charge(Room::new(80, 0));
+        assert!(must_keep(&grant, &kept), "half of what is free would be lost");
+        let kept = figures(&grant);
+        grant.give_back_all_but(Room::new(70, 149));
+        assert!(must_keep(&grant, &kept), "a file was given back");
+    }
 }

@@ -133,6 +133,8 @@ pub enum Op<'a> {
         fh: u64,
         at: u64,
         kill: bool,
+        /// a page of the kernel's, that a mapping has written
+        page: bool,
         data: &'a [u8],
     },
     Statfs,
@@ -406,9 +408,11 @@ fn parse_op<'a>(opcode: u32, f: &mut Fields<'a>, rest: &mut Fields<'a>) -> Resul
         code::TMPFILE => Op::Tmpfile { flags: f.u32()? as i32, mode: f.u32()?, umask: f.u32()? },
         code::READ => Op::Read { fh: f.u64()?, at: f.u64()?, len: f.u32()? },
         code::WRITE => {
+            const CACHE: u32 = 1 << 0;
             const KILL_SUIDGID: u32 = 1 << 2;
             let (fh, at, len, flags) = (f.u64()?, f.u64()?, f.u32()?, f.u32()?);
-            Op::Write { fh, at, kill: flags & KILL_SUIDGID != 0, data: rest.bytes(len)? }
+            let (kill, page) = (flags & KILL_SUIDGID != 0, flags & CACHE != 0);
+            Op::Write { fh, at, kill, page, data: rest.bytes(len)? }
         }
         code::STATFS => Op::Statfs,
         code::RELEASE => {

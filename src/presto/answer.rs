@@ -62,8 +62,9 @@ impl Adapter {
                 Ok(self.opened(made))
             }
             Op::Read { fh, at, len } => filter.read(&self.handle(fh)?.open, at, len),
-            Op::Write { fh, at, kill, data } => {
-                filter.write(by(0), &self.handle(fh)?.open, at, data, kill).map(reply::size)
+            Op::Write { fh, at, kill, page, data } => {
+                let open = &self.handle(fh)?.open;
+                filter.write(by(0), open, at, data, (kill, page)).map(reply::size)
             }
             Op::Statfs => Ok(statfs(filter)),
             Op::Flush { fh, .. } => {

@@ -9,9 +9,10 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
 use super::filter::{Filter, Found, Result, Spot, Stop, done, missing};
-use super::open::{Closed, Grip, Mark, Open, Way, open_backing};
+use super::open::{Closed, Grip, Had, Mark, Open, Way, open_backing};
 use crate::kml::record::{Fid, Op, PATH_LEN_MAX, ROOT, Range, Seq, Stamp, Time};
 use crate::lento::rights::Mode;
+use crate::replica::cache::Written;
 use crate::replica::hydrate::CAPABILITY;
 use crate::replica::meta::Meta;
 use crate::replica::tree::TreeError;
@@ -110,7 +111,7 @@ impl Filter {
                 state.slot = self.writers.take(fid);
                 if state.slot.is_none() {
                     drop(state);
-                    self.files.close(&open, writer, false);
+                    self.files.close(&open, Had { writer, ..Had::default() });
                     return Err(Errno::NFILE.into());
                 }
                 self.cache.begin_writing(fid, open.clone());
@@ -123,20 +124,44 @@ impl Filter {
         } else if rdwr && open.passthrough {
             open.state().dirty = None; // what a mapping writes nobody sees
         }
-        let may_map = rdwr && !open.passthrough;
-        // Readers may have it open past the daemon, and a mapping takes room that is not there:
-        // then each write is a request of its own.
-        let direct =
-            (writer && open.passthrough && !by_kernel) || (may_map && !self.cover_mapping(&open));
-        Ok(Grip { open, writer, by_kernel, direct })
+        // Whoever writes past the daemon is looked at.
+        let covered = (rdwr && !by_kernel).then(|| self.cover_mapping(&open));
+        let maps = match covered {
+            None => false,
+            Some(Ok(())) => true,
+            // Where readers have it open past the daemon, the kernel maps it whatever it is told.
+            Some(Err(stop)) if open.passthrough => {
+                self.open_failed(&open);
+                return Err(stop);
+            }
+            Some(Err(_)) => false,
+        };
+        if maps {
+            open.state().begin_mapping();
+        }
+        // Readers may have it open past the daemon, or a mapping takes room that is not there: then
+        // each write is a request of its own.
+        let direct = writer && !by_kernel && (open.passthrough || (rdwr && !maps));
+        Ok(Grip { open, writer, by_kernel, maps, direct })
+    }
+
+    /// A writer's handle that nobody gets: it has written nothing.
+    fn open_failed(&self, open: &Open) {
+        let Closed { slot, .. } = self.files.close(open, Had { writer: true, ..Had::default() });
+        // Else a store has failed before, and leaves its note.
+        if let Some(slot) = slot.filter(|_| !open.is_unsaved()) {
+            self.writers.release(slot);
+            self.cache.end_writing(open.fid);
+        }
     }
 
     /// Closes one handle, in any case. True when it was the object's last.
     pub fn close(&self, grip: &Grip) -> (bool, Result<()>) {
-        let Grip { open, writer, by_kernel, .. } = grip;
-        let stored = if *writer { done(|| self.store(open)) } else { Ok(()) };
-        let Closed { last, slot } = self.files.close(open, *writer, *by_kernel);
-        if *by_kernel {
+        let Grip { open, writer, by_kernel, maps, .. } = grip;
+        let (writer, by_kernel, maps) = (*writer, *by_kernel, *maps);
+        let stored = if writer { done(|| self.store(open)) } else { Ok(()) };
+        let Closed { last, slot } = self.files.close(open, Had { writer, by_kernel, maps });
+        if by_kernel {
             self.kernel_wrote();
         }
         // A store that failed leaves its note: the next start stores the file.
@@ -194,10 +219,13 @@ impl Filter {
         if let Some(ranges) = &mut state.dirty {
             ranges.clear();
         }
-        let by_kernel = state.by_kernel();
+        let (by_kernel, mapped) = (state.by_kernel(), state.may_be_mapped());
         drop(state);
         if by_kernel {
             self.cover_whole(open); // or the next look does
+        }
+        if mapped {
+            let _ = self.cover_mapping(open); // or the next store, or the write of a page does
         }
         Ok(())
     }
@@ -305,15 +333,24 @@ impl Filter {
         Ok(bytes)
     }
 
-    /// A write that comes to the daemon. `kill`: the kernel wants set-id bits gone.
-    pub fn write(&self, by: Caller, open: &Open, at: u64, bytes: &[u8], kill: bool) -> Result<u32> {
+    /// A write that comes to the daemon. `kill`: the kernel wants set-id bits gone. `page`: a mapping
+    /// has written it, and nobody would hear of an error.
+    pub fn write(
+        &self,
+        by: Caller,
+        open: &Open,
+        at: u64,
+        bytes: &[u8],
+        (kill, page): (bool, bool),
+    ) -> Result<u32> {
         let end = at.checked_add(bytes.len() as u64).ok_or(Errno::FBIG)?;
         let _object = self.cache.tree.lock_objects(&[open.fid]);
         self.admit(open, Mode::Read)?;
         self.admit(open, Mode::Write)?;
         self.bytes_here(open, at, end - at)?;
         self.cache.settle_hydrated(open.fid, &open.fd)?;
-        let charge = self.charged_write(open, at, bytes.len() as u64)?;
+        let charged = || self.charged_write(open, at, bytes.len() as u64);
+        let charge = if page { done(charged)? } else { charged()? };
         if kill {
             self.drop_set_id(by, open.fid)?;
         }
@@ -329,16 +366,22 @@ impl Filter {
         self.admit(open, Mode::Write)?;
         self.bytes_here(open, 0, u64::MAX)?;
         self.cache.settle_hydrated(open.fid, &open.fd)?;
-        // A shift moves all that follows.
-        let len_changed = match mode & (COLLAPSE_RANGE | INSERT_RANGE) {
-            0 => len,
-            _ => fs::fstat(&open.fd)?.size.max(at).saturating_add(len) - at,
+        let size = fs::fstat(&open.fd)?.size;
+        let changed_len = match mode {
+            // Whoever gives room takes none.
+            mode if mode & PUNCH_HOLE != 0 => len.min(size.saturating_sub(at)),
+            // A shift moves all that follows.
+            mode if mode & (COLLAPSE_RANGE | INSERT_RANGE) != 0 => {
+                size.max(at).saturating_add(len) - at
+            }
+            _ => len,
         };
-        let charged = || self.charged_write(open, at, len_changed);
-        // Whoever gives room is not refused for want of it.
-        let charge = if mode & PUNCH_HOLE == 0 { charged()? } else { done(charged)? };
+        let charge = match mode & PUNCH_HOLE {
+            0 => Some(self.charged_write(open, at, changed_len)?),
+            _ => None,
+        };
         fs::fallocate(&open.fd, mode, at, len)?;
-        open.wrote(at, len_changed, Some(charge));
+        open.wrote(at, changed_len, charge);
         Ok(())
     }
 
@@ -399,7 +442,7 @@ impl Filter {
             open.wrote(range.at, range.len, None);
         }
         let stored = done(|| self.store(&open));
-        self.files.close(&open, false, false);
+        self.files.close(&open, Had::default());
         stored
     }
 }

@@ -22,7 +22,9 @@ impl Filter {
         let meta = self.new_meta()?;
         let fd = as_caller(by, || fs::open(&*dir, b".", o::RDWR | o::TMPFILE, mode))?;
         self.cache.tree.set_meta_of(&fd, &meta)?;
-        self.open_new(fd, &meta, flags)
+        let made = self.open_new(fd, &meta, flags)?;
+        made.1.open.state().may_be_named = true;
+        Ok(made)
     }
 
     /// Gives a file that was made without a name its first one. The caller holds the locks of
@@ -37,7 +39,9 @@ impl Filter {
         })?;
         // From here on it has its name: what is left is journaled in any case.
         done(|| self.as_it_is(open, dir, name))?;
-        open.state().changed = true;
+        let mut state = open.state();
+        (state.changed, state.may_be_named) = (true, false);
+        drop(state);
         let stat = fs::fstat(&open.fd)?;
         Ok(self.found(stat, &object.meta))
     }

@@ -33,8 +33,12 @@ pub struct OpenState {
     writers: u32,
     /// of these, how many write past the daemon
     kernel_writers: u32,
+    /// and how many may be mapped, with room for what a mapping may write
+    mappers: u32,
     /// the kernel asks before it writes the next time (stop.rs)
     pub asks: bool,
+    /// it never had a name, and may get one
+    pub may_be_named: bool,
     /// room for what was written since the last store record
     pub charge: Option<Charge>,
     /// in the table of files that were open for writing when the process died
@@ -69,6 +73,18 @@ impl OpenState {
         self.kernel_writers += 1;
         self.dirty = None;
     }
+    /// Whether it differs from what the last store record has; `stat` as it is now.
+    fn is_unsaved(&self, stat: &Stat) -> bool {
+        self.changed || self.stored != Mark::of(stat)
+    }
+    /// Whether a mapping may write to it, and room is kept for that.
+    pub fn may_be_mapped(&self) -> bool {
+        self.mappers > 0
+    }
+    /// One more may map it, with room for that.
+    pub fn begin_mapping(&mut self) {
+        self.mappers += 1;
+    }
 }
 
 /// One handle that an application has open.
@@ -77,6 +93,8 @@ pub struct Grip {
     pub writer: bool,
     /// its data go past the daemon
     pub by_kernel: bool,
+    /// room is kept for what a mapping of it may write
+    pub maps: bool,
     /// no pages are kept for it, so that it cannot be mapped
     pub direct: bool,
 }
@@ -98,6 +116,14 @@ impl Mark {
 impl Open {
     pub fn state(&self) -> MutexGuard<'_, OpenState> {
         held(&self.state)
+    }
+
+    /// Whether what the kernel writes to it counts: it may be shipped. What has lost its last name is
+    /// nobody's but its holders'.
+    pub fn is_counted(&self) -> bool {
+        let state = self.state();
+        let has_name = || fs::fstat(&self.fd).is_ok_and(|stat| stat.nlink > 0);
+        state.by_kernel() && (state.may_be_named || has_name())
     }
 
     /// Notes bytes that were written through the daemon, and the room that was taken for them.
@@ -122,7 +148,7 @@ impl Open {
 impl Written for Open {
     fn is_unsaved(&self) -> bool {
         let state = self.state();
-        state.changed || fs::fstat(&self.fd).is_ok_and(|stat| state.stored != Mark::of(&stat))
+        fs::fstat(&self.fd).map_or(state.changed, |stat| state.is_unsaved(&stat))
     }
     fn is_by_kernel(&self) -> bool {
         self.passthrough
@@ -189,12 +215,15 @@ impl OpenFiles {
                 let dirty = if way.unseen { None } else { Some(Vec::new()) };
                 let (slot, stored, held_blocks) = (None, way.mark, way.blocks);
                 let (handles, writers, changed) = (0, 0, false);
-                let (kernel_writers, asks, charge) = (0, false, None);
+                let (kernel_writers, mappers, charge) = (0, 0, None);
+                let (asks, may_be_named) = (false, false);
                 let state = OpenState {
                     handles,
                     writers,
                     kernel_writers,
+                    mappers,
                     asks,
+                    may_be_named,
                     charge,
                     slot,
                     stored,
@@ -225,14 +254,19 @@ impl OpenFiles {
         held(&self.0).values().filter(|open| open.state().writers > 0).cloned().collect()
     }
 
-    /// Closes one handle. True when it was the object's last.
-    pub fn close(&self, open: &Open, writer: bool, by_kernel: bool) -> Closed {
+    /// Closes one handle.
+    pub fn close(&self, open: &Open, had: Had) -> Closed {
         let mut all = held(&self.0);
         let mut state = open.state();
         state.handles = state.handles.saturating_sub(1);
-        state.writers = state.writers.saturating_sub(u32::from(writer));
-        state.kernel_writers = state.kernel_writers.saturating_sub(u32::from(by_kernel));
+        state.writers = state.writers.saturating_sub(u32::from(had.writer));
+        state.kernel_writers = state.kernel_writers.saturating_sub(u32::from(had.by_kernel));
+        state.mappers = state.mappers.saturating_sub(u32::from(had.maps));
         let slot = if state.writers == 0 { state.slot.take() } else { None };
+        // What nobody writes any more, and is stored, needs no room beyond its record's.
+        if state.writers == 0 && fs::fstat(&open.fd).is_ok_and(|stat| !state.is_unsaved(&stat)) {
+            state.charge = None;
+        }
         let last = state.handles == 0;
         drop(state);
         if last {
@@ -240,6 +274,14 @@ impl OpenFiles {
         }
         Closed { last, slot }
     }
+}
+
+/// What a handle that is closed was, as [`Grip`] says it.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Had {
+    pub writer: bool,
+    pub by_kernel: bool,
+    pub maps: bool,
 }
 
 /// What the closing of a handle leaves to do.

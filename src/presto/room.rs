@@ -3,7 +3,8 @@
 //! ```text
 //!   an operation        its record's charge, before it acts
 //!   a write by us       what a store of all that was written so far would take
-//!   a mapping           all of the file, where there is room; else the file cannot be mapped
+//!   a mapping           all of the file, where there is room; else the file cannot be mapped, or
+//!                       not be opened so, where the kernel would map it all the same
 //!   the kernel writes   all of the file as it is, looked at every `LOOK_EVERY`; and a reserve
 //! ```
 //!
@@ -19,6 +20,7 @@ use crate::kml::record::{PATH_LEN_MAX, Range};
 use crate::lento::charge;
 use crate::lento::grant::{Charge, Regime};
 use crate::lento::room::{BLOCK_LEN, Room, blocks};
+use crate::sys::Errno;
 use crate::sys::fs::{self, Stat, o};
 
 /// Pieces of a sparse file that are counted; the rest counts as data.
@@ -30,6 +32,7 @@ impl Filter {
         match self.room.charge(room) {
             Some(charge) => Ok(charge),
             None if is_done() => Ok(self.room.charge_done(room)),
+            None if !room.is_sane() => Err(Errno::FBIG.into()), // no disk has so much
             None => Err(Stop::Miss(Want::Room(room))),
         }
     }
@@ -48,15 +51,14 @@ impl Filter {
         let need = {
             let stat = fs::fstat(&open.fd)?;
             let state = open.state();
-            let new = Range { at, len };
+            let more = blocks(len).saturating_add(BLOCK_LEN);
             let need = match &state.dirty {
                 Some(dirty) if self.prefers_ranges(&stat) => {
                     let mut ranges = dirty.clone();
-                    add_range(&mut ranges, new);
-                    charge::of_store(&ranges, PATH_LEN_MAX as u64)
+                    add_range(&mut ranges, Range { at, len });
+                    of_ranges(open, &stat, &ranges, PATH_LEN_MAX, more)
                 }
                 _ => {
-                    let more = blocks(len).saturating_add(BLOCK_LEN);
                     let data = data_len(&open.fd, &stat).saturating_add(more);
                     of_whole(data.min(stat.size.max(at.saturating_add(len))))
                 }
@@ -95,17 +97,9 @@ impl Filter {
         ranges: &[Range],
         path_len: usize,
     ) -> Charge {
-        let room = charge::of_store(ranges, path_len as u64);
-        // Holes take no room, but count in the range that covers all of a file.
-        let all = ranges.len() == 1 && (ranges[0].at, ranges[0].len) == (0, stat.size);
-        let room = if all { room.min(of_whole(data_len(&open.fd, stat))) } else { room };
-        let mut charge = match all {
-            true => self.room.of_unsent(open.fid),
-            false => self.room.charge_done(Room::NONE),
-        };
-        if let Some(held) = &mut state.charge {
-            charge.join(held.take(room.less(charge.room())));
-        }
+        let room = of_ranges(open, stat, ranges, path_len, 0);
+        let held = state.charge.as_mut().map(|held| held.take(room));
+        let mut charge = held.unwrap_or_else(|| self.room.charge_done(Room::NONE));
         let lacks = room.less(charge.room());
         if !lacks.is_none() {
             let more = self.room.charge(lacks);
@@ -146,24 +140,36 @@ impl Filter {
         }
     }
 
-    /// The same with the holes of the file: a mapping may fill them.
-    pub fn cover_mapping(&self, open: &Open) -> bool {
+    /// The same with the holes of the file: a mapping may fill them. Stops where there is none.
+    pub fn cover_mapping(&self, open: &Open) -> Result<()> {
         if self.room.is_off() {
-            return true;
+            return Ok(());
         }
-        let Ok(stat) = fs::fstat(&open.fd) else { return false };
+        let stat = fs::fstat(&open.fd)?;
         let mut state = open.state();
         let lacks = of_whole(stat.size).less(state.charge_room());
-        let charge = self.room.charge(lacks);
-        let covered = charge.is_some();
-        charge.into_iter().for_each(|charge| state.keep_charge(charge));
-        covered
+        // Nothing is written yet, whoever asks: nobody gets it anyway.
+        let charge = self.room.charge(lacks).ok_or(Stop::Miss(Want::Room(lacks)))?;
+        state.keep_charge(charge);
+        Ok(())
     }
 }
 
 /// The room of a store of so many bytes in a row.
 pub(super) fn of_whole(len: u64) -> Room {
     charge::of_store(&[Range { at: 0, len: len.max(1) }], PATH_LEN_MAX as u64)
+}
+
+/// The room of a store of these ranges, when `more` bytes of data are in the file: holes in them take
+/// none.
+fn of_ranges(open: &Open, stat: &Stat, ranges: &[Range], path_len: usize, more: u64) -> Room {
+    let room = charge::of_store(ranges, path_len as u64);
+    let len = ranges.iter().fold(0, |sum: u64, range| sum.saturating_add(range.len));
+    if len <= stat.blocks.saturating_mul(512) {
+        return room; // there need be no hole in them
+    }
+    let entry = Room::new(charge::RANGE_LEN * ranges.len() as u64, 0);
+    room.min(of_whole(data_len(&open.fd, stat).saturating_add(more)).plus(entry))
 }
 
 /// The data of a file without its holes, bytes.
@@ -180,3 +186,6 @@ pub(super) fn data_len(fd: impl AsFd, stat: &Stat) -> u64 {
     }
     sum.saturating_add(stat.size.saturating_sub(at)).min(stat.size)
 }
+
+#[cfg(test)]
+mod tests;

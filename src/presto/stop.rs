@@ -18,11 +18,14 @@
 //! Writers that rest are made to ask as well. Then they need no reserve, and others can have it.
 //! Source: file_remove_privs() in Linux (fs/inode.c), and S_NOSEC in fs/fuse.
 
+use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::filter::{Filter, Result, Want};
 use super::open::{Open, held};
@@ -31,13 +34,15 @@ use crate::kml::record::Fid;
 use crate::lento::grant::{Charge, Regime};
 use crate::lento::policy;
 use crate::lento::room::Room;
-use crate::sys::fs;
+use crate::sys::{fs, limit};
 
 /// What the kernel may write before it is looked at again, at least.
 const RESERVE_MIN: u64 = policy::AMPLE_LEN;
-/// On a machine that writes faster: so many times what was ever seen between two looks.
+/// On a machine that writes faster: so many times what was lately seen between two looks.
 const RESERVE_FACTOR: u64 = 4;
-const RESERVE_MAX: u64 = 8 * policy::AMPLE_LEN;
+/// Less than what is asked for ahead, else no file would be the kernel's again after one late look.
+const RESERVE_MAX: u64 = policy::AMPLE_LEN / 2 * 3;
+const _: () = assert!(RESERVE_MAX < policy::LOW_AMPLE.bytes());
 /// A write that was stopped goes on with the same, of half the reserve at most, and at least this.
 const GO_ON_MIN: u64 = policy::AMPLE_LEN / 4;
 /// Who has written nothing for so long rests.
@@ -49,7 +54,10 @@ pub const CAPABILITY_LEN: u32 = 20;
 #[derive(Default)]
 pub struct ByKernel {
     state: Mutex<Kernel>,
-    changed: Condvar,
+    /// somebody may write unseen again
+    begun: Condvar,
+    /// the reserve has become short
+    short: Condvar,
     /// more was asked for, and there is no answer yet
     asked: Arc<AtomicBool>,
 }
@@ -63,16 +71,25 @@ struct Kernel {
     guarded: bool,
     /// when anything was written last; `None`: nobody can, without asking
     wrote_at: Option<Instant>,
-    /// most that was written between two looks, bytes
+    /// most that was written between two looks, bytes: ever, and lately, which halves with each rest
     most: u64,
+    lately: u64,
 }
 
 impl Kernel {
     fn reserve_len(&self) -> u64 {
-        (self.most * RESERVE_FACTOR).clamp(RESERVE_MIN, RESERVE_MAX)
+        self.lately.saturating_mul(RESERVE_FACTOR).clamp(RESERVE_MIN, RESERVE_MAX)
     }
     fn wants(&self) -> Room {
         Room::new(self.reserve_len(), 0).less(self.held())
+    }
+    fn saw(&mut self, written: u64) {
+        (self.most, self.lately) = (self.most.max(written), self.lately.max(written));
+    }
+    /// Nobody can write any more without asking.
+    fn rest(&mut self) {
+        (self.reserve, self.wrote_at, self.guarded) = (None, None, false);
+        self.lately /= 2;
     }
     fn held(&self) -> Room {
         self.reserve.as_ref().map_or(Room::NONE, Charge::room)
@@ -83,7 +100,8 @@ impl Kernel {
     /// What a write that was stopped lacks to go on: it may be the first of many, until the kernel
     /// is made to ask again.
     fn lacks(&self) -> Room {
-        let many = (self.most * RESERVE_FACTOR).clamp(GO_ON_MIN, self.reserve_len() / 2);
+        let many = self.lately.saturating_mul(RESERVE_FACTOR);
+        let many = many.clamp(GO_ON_MIN, self.reserve_len() / 2);
         Room::new(many, 0).less(self.held())
     }
 }
@@ -92,7 +110,7 @@ impl ByKernel {
     /// Waits until the kernel may write to something unseen; false: it still may not.
     pub fn wait(&self, patience: Duration) -> bool {
         let none = |kernel: &mut Kernel| kernel.wrote_at.is_none();
-        let waited = self.changed.wait_timeout_while(held(&self.state), patience, none);
+        let waited = self.begun.wait_timeout_while(held(&self.state), patience, none);
         waited.unwrap_or_else(|e| e.into_inner()).0.wrote_at.is_some()
     }
     /// Waits until the kernel is to be made to ask; false: it still is not.
@@ -101,7 +119,7 @@ impl ByKernel {
             let rests = |at: Instant| at.elapsed() >= REST;
             !kernel.wrote_at.is_some_and(|at| kernel.guarded || rests(at))
         };
-        let waited = self.changed.wait_timeout_while(held(&self.state), patience, |it| calm(it));
+        let waited = self.short.wait_timeout_while(held(&self.state), patience, |it| calm(it));
         !calm(&waited.unwrap_or_else(|e| e.into_inner()).0)
     }
     pub fn is_guarded(&self) -> bool {
@@ -119,8 +137,42 @@ impl ByKernel {
         Room::new(held(&self.state).reserve_len(), 0)
     }
     fn wake(&self, kernel: &mut Kernel) {
-        kernel.wrote_at = Some(Instant::now());
-        self.changed.notify_all();
+        if kernel.wrote_at.replace(Instant::now()).is_none() {
+            self.begun.notify_one();
+        }
+    }
+}
+
+/// Looks at files of the mount, as a program does.
+pub struct Looks {
+    ask: Sender<PathBuf>,
+    seen: Receiver<Option<u64>>,
+}
+
+impl Looks {
+    /// Starts its thread, which ends with it.
+    ///
+    /// # Errors
+    /// As pthread_create(3).
+    pub fn start() -> io::Result<Looks> {
+        let ((ask, paths), (tell, seen)) = (bounded::<PathBuf>(1), bounded(1));
+        std::thread::Builder::new().name("look".into()).spawn(move || {
+            limit::go_first();
+            if let Err(e) = limit::let_go_of_files() {
+                return log::warn!("who writes past the daemon cannot be stopped: {e}");
+            }
+            for path in paths {
+                if tell.send(fs::look_again(&path).ok()).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(Looks { ask, seen })
+    }
+    /// The number of what is there. Waits as long as a program would.
+    fn look(&self, path: PathBuf) -> Option<u64> {
+        self.ask.send(path).ok()?;
+        self.seen.recv().ok()?
     }
 }
 
@@ -156,8 +208,7 @@ impl Filter {
         let mut kernel = held(&self.by_kernel.state);
         kernel.writers = kernel.writers.saturating_sub(1);
         if kernel.writers == 0 {
-            let most = kernel.most;
-            *kernel = Kernel { most, ..Kernel::default() };
+            kernel.rest();
         }
     }
 
@@ -169,13 +220,16 @@ impl Filter {
         }
         let mut written = 0;
         for open in self.files.written().into_iter().filter(|open| open.state().by_kernel()) {
-            written += self.look_at_one(&open);
+            match open.is_counted() {
+                true => written += self.look_at_one(&open),
+                false => open.state().charge = None,
+            }
         }
         let mut kernel = held(&self.by_kernel.state);
         if kernel.writers == 0 {
             return;
         }
-        kernel.most = kernel.most.max(written);
+        kernel.saw(written);
         if written > 0 {
             self.by_kernel.wake(&mut kernel);
         }
@@ -221,10 +275,11 @@ impl Filter {
             }
             None => true,
         };
-        kernel.guarded = kernel.is_short();
-        if kernel.guarded {
-            self.by_kernel.changed.notify_all();
+        let is_short = kernel.is_short();
+        if is_short && !kernel.guarded {
+            self.by_kernel.short.notify_one();
         }
+        kernel.guarded = is_short;
         // once: what waits is added up
         let asked = &self.by_kernel.asked;
         if lacks && self.cache.is_online() && !asked.swap(true, Ordering::Relaxed) {
@@ -236,10 +291,10 @@ impl Filter {
 
     /// Makes the kernel ask before it writes to what it writes by itself; `mount`: where it is
     /// mounted. May wait as long as a look at a file there may.
-    pub fn make_kernel_ask(&self, mount: &Path) {
+    pub fn make_kernel_ask(&self, looks: &Looks, mount: &Path) {
         let writers = || {
             let all = self.files.written().into_iter();
-            all.filter(|open| open.state().by_kernel())
+            all.filter(|open| open.is_counted())
         };
         let (guarded, rests) = {
             let kernel = held(&self.by_kernel.state);
@@ -248,10 +303,9 @@ impl Filter {
         };
         for open in writers().filter(|open| guarded || !open.state().asks) {
             let path = self.cache.tree.path_by_fid(open.fid);
-            // what has lost its name is not shipped any more
             let before = fs::fstat(&open.fd).map(|stat| (stat.size, stat.blocks, stat.mtime));
             let path = mount.join(std::ffi::OsStr::from_bytes(&path));
-            let seen = fs::look_again(&path).is_ok_and(|ino| ino == open.fid.0);
+            let seen = looks.look(path) == Some(open.fid.0);
             let after = fs::fstat(&open.fd).map(|stat| (stat.size, stat.blocks, stat.mtime));
             // A hole may be filled by a mapping. A write that was let go long ago is over.
             let whole = after.is_ok_and(|(size, blocks, _)| blocks.saturating_mul(512) >= size);
@@ -263,7 +317,7 @@ impl Filter {
         // whoever was let go meanwhile has set the clock anew
         let rests = kernel.wrote_at.is_some_and(|at| at.elapsed() >= REST);
         if rests && all_ask {
-            (kernel.reserve, kernel.wrote_at, kernel.guarded) = (None, None, false);
+            kernel.rest();
         }
     }
 
@@ -279,7 +333,7 @@ impl Filter {
     }
     /// The kernel is about to write to a file, and asks: it may when there is room.
     pub fn let_kernel_write(&self, fid: Fid) -> Result<()> {
-        let Some(open) = self.files.get(fid).filter(|open| open.state().by_kernel()) else {
+        let Some(open) = self.files.get(fid).filter(|open| open.is_counted()) else {
             return Ok(());
         };
         if self.room.is_off() {
@@ -296,5 +350,32 @@ impl Filter {
         open.state().asks = false;
         self.by_kernel.wake(&mut kernel);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_late_look_is_forgotten_after_some_rests() {
+        let mut kernel = Kernel::default();
+        assert_eq!(kernel.reserve_len(), RESERVE_MIN);
+        kernel.saw(u64::MAX);
+        assert_eq!(kernel.reserve_len(), RESERVE_MAX);
+        assert_eq!(kernel.lacks(), Room::new(RESERVE_MAX / 2, 0));
+        kernel.saw(RESERVE_MIN);
+        (0..40).for_each(|_| kernel.rest());
+        assert_eq!((kernel.reserve_len(), kernel.most), (RESERVE_MIN, u64::MAX));
+    }
+
+    #[test]
+    fn nobody_is_woken_who_need_not_look() {
+        let by_kernel = ByKernel::default();
+        by_kernel.wake(&mut held(&by_kernel.state));
+        assert!(by_kernel.wait(Duration::ZERO));
+        assert!(!by_kernel.wait_guarded(Duration::ZERO), "it has written just now");
+        held(&by_kernel.state).guarded = true;
+        assert!(by_kernel.wait_guarded(Duration::ZERO));
     }
 }

@@ -74,6 +74,11 @@ impl Figures {
     pub fn outstanding(&self) -> Pair {
         less(self.granted, self.returned)
     }
+    /// Whether what `before` says must not be used any more: something of it was taken back.
+    pub fn takes_back(&self, before: &Figures) -> bool {
+        let less = !covers(self.granted, before.granted) || !covers(before.returned, self.returned);
+        less || self.epoch != before.epoch
+    }
 }
 
 fn less(all: Pair, part: Pair) -> Pair {
@@ -92,6 +97,12 @@ pub struct Figures {
     pub returned: Pair,
     /// the newest record whose charge is in `returned`
     pub upto: u64,
+    /// how long the server keeps what it grants while this client is away; 0: not known
+    #[serde(default)]
+    pub keep_ms: u64,
+    /// when it was last there, since the Unix epoch; 0: not known
+    #[serde(default)]
+    pub heard_ns: u64,
 }
 
 /// The same in its file.
@@ -206,6 +217,16 @@ impl FiguresFile {
         std::fs::write(&new, seal(&all)?)?;
         std::fs::rename(new, &self.0)
     }
+    /// Better none than an old one that cannot be replaced: it would be used again.
+    ///
+    /// # Errors
+    /// As unlink(2).
+    pub fn drop_figures(&self) -> io::Result<()> {
+        match std::fs::remove_file(&self.0) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
     /// The last word of this life, good for every later one. Durable on return: yes.
     ///
     /// # Errors
@@ -250,10 +271,16 @@ mod tests {
     fn figures_of_an_earlier_life_of_the_machine_leave_nothing_to_use() {
         let dir = tempfile::tempdir().unwrap();
         let file = FiguresFile::of(dir.path());
-        let figures = Figures { epoch: 4, granted: (90, 9), returned: (40, 4), upto: 6 };
+        let (granted, returned, keep_ms, heard_ns) = ((90, 9), (40, 4), 1000, 5);
+        let figures = Figures { epoch: 4, granted, returned, upto: 6, keep_ms, heard_ns };
         file.keep(&figures).unwrap();
         let read = file.read().unwrap();
-        assert_eq!((read.epoch, read.granted, read.returned, read.upto), (4, (90, 9), (40, 4), 6));
+        assert_eq!(read, figures);
+        let old = r#"{"version":1,"boot_id":"closed","figures":
+            {"epoch":4,"granted":[90,9],"returned":[40,4],"upto":6}}"#;
+        std::fs::write(dir.path().join(FIGURES), old).unwrap();
+        assert_eq!(file.read(), Some(Figures { keep_ms: 0, heard_ns: 0, ..figures }));
+        file.keep(&figures).unwrap();
         let text = std::fs::read_to_string(dir.path().join(FIGURES)).unwrap();
         std::fs::write(dir.path().join(FIGURES), text.replace("90", "91")).unwrap();
         assert_eq!(file.read(), None, "its checksum is wrong");
@@ -262,5 +289,24 @@ mod tests {
         assert_eq!(file.read().unwrap().granted, (40, 4));
         file.close(&figures).unwrap();
         assert_eq!(file.read().unwrap().granted, (90, 9));
+        file.drop_figures().unwrap();
+        file.drop_figures().unwrap();
+        assert_eq!(file.read(), None);
+    }
+
+    #[test]
+    fn what_was_taken_back_is_kept_at_once() {
+        let (granted, returned) = ((90, 9), (40, 4));
+        let before = Figures { epoch: 4, granted, returned, ..Figures::default() };
+        let table = [
+            (Figures { granted: (91, 9), upto: 7, heard_ns: 9, ..before }, false),
+            (Figures { granted: (91, 8), ..before }, true),
+            (Figures { returned: (40, 5), ..before }, true),
+            (Figures { returned: (39, 4), ..before }, false),
+            (Figures { epoch: 5, ..before }, true),
+        ];
+        for (now, must) in table {
+            assert_eq!(now.takes_back(&before), must, "{now:?}");
+        }
     }
 }

@@ -8,7 +8,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::time::{
     ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
@@ -32,6 +32,20 @@ pub fn now_ns() -> u64 {
 /// How long ago `then` was, of [`now_ns`].
 pub fn age_of(then_ns: u64) -> Duration {
     Duration::from_nanos(now_ns().saturating_sub(then_ns))
+}
+
+/// Nanoseconds since the Unix epoch, by the clock on the wall: for what outlives the machine's life.
+pub fn wall_ns() -> u64 {
+    since_epoch().as_nanos() as u64
+}
+
+/// How long ago `then` was, of [`wall_ns`]; nothing where the clock was set back.
+pub fn since_wall(then_ns: u64) -> Duration {
+    since_epoch().saturating_sub(Duration::from_nanos(then_ns))
+}
+
+fn since_epoch() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO)
 }
 
 fn since_boot() -> Duration {

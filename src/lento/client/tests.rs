@@ -928,6 +928,20 @@ fn who_lacks_room_waits_for_a_server_that_is_away_as_long_as_anybody() {
     assert!(rig.effects().contains(&no_room));
 }
 
+#[test]
+fn an_optimist_who_waited_when_the_server_went_writes_on() {
+    let mut rig = Rig::new(0, 0);
+    rig.client.set_grant(Grant::new(Kept::default(), true));
+    rig.client.on_want(Want::Room(Room::new(1, 0)), 1, rig.now);
+    rig.effects();
+    rig.pass(policy::away_after(policy::TIMEOUT).as_millis() as u64);
+    rig.client.on_want(Want::Room(Room::new(1, 0)), 2, rig.now);
+    let effects = rig.effects();
+    for ticket in [1, 2] {
+        assert!(effects.contains(&Effect::Resolve { ticket, how: Ok(()) }), "{ticket}");
+    }
+}
+
 /// A rig that catches up, with room reserved.
 fn catching_up(settled: u64) -> Rig {
     let mut rig = Rig::new(0, settled);
@@ -957,6 +971,68 @@ fn asked_for_room_while_it_catches_up_it_ships_afterwards() {
     let volume = Mode::Read;
     rig.answer(since, Changes { fids, upto, more: false, lost: false, volume });
     assert!(rig.effects().iter().any(is_cut));
+}
+
+#[test]
+fn no_want_of_room_is_too_large_to_be_asked_for() {
+    let mut rig = Rig::new(0, 0);
+    let grant = Grant::new(Kept::default(), false);
+    rig.client.set_grant(grant.clone());
+    let _much = grant.charge_done(Room::new(u64::MAX, 7));
+    rig.connect();
+    let (id, hello) = rig.sent().remove(0);
+    let (epoch, granted, returned, keep_ms) = (1, Room::NONE, Room::NONE, 100_000);
+    let room = Some(RoomTerms { epoch, granted, returned, ample: false, short: false, keep_ms });
+    rig.answer(id, Welcome { room, ..welcome(0, 50) });
+    let (since, _) = rig.sent().pop().unwrap();
+    (0..3)
+        .for_each(|ticket| rig.client.on_want(Want::Room(Room::new(1 << 61, 0)), ticket, rig.now));
+    let (fids, upto, volume) = (Vec::new(), Stamp(50), Mode::Read);
+    rig.answer(since, Changes { fids, upto, more: false, lost: false, volume });
+    let (_, ask) = rig.sent().pop().unwrap();
+    assert!(matches!(ask, Message::RoomAsk(_)), "{ask:?}");
+    for message in [hello, ask] {
+        assert_eq!(Message::decode(message.op(), &message.encode()), Ok(message));
+    }
+}
+
+/// Tries to come back each second, in vain; whether room is left.
+fn free_after(rig: &mut Rig, grant: &Grant, seconds: u64) -> bool {
+    for _ in 0..seconds {
+        rig.now += Duration::from_secs(1);
+        rig.client.on_wake(rig.now);
+        if rig.client.is_connecting() {
+            rig.client.on_closed(rig.now);
+        }
+        rig.effects();
+    }
+    !grant.figures().free.is_none()
+}
+
+#[test]
+fn a_grant_ends_with_the_servers_patience_however_often_it_is_called() {
+    let mut rig = Rig::new(0, 0);
+    let grant = Grant::new(Kept::default(), false);
+    rig.client.set_grant(grant.clone());
+    rig.connect();
+    let (id, _) = rig.sent().remove(0);
+    let (epoch, granted, returned, keep_ms) = (1, Room::new(9, 9), Room::NONE, 160_000);
+    let room = Some(RoomTerms { epoch, granted, returned, ample: false, short: false, keep_ms });
+    rig.answer(id, Welcome { room, ..welcome(0, 50) });
+    rig.client.on_closed(rig.now);
+    assert!(free_after(&mut rig, &grant, 149) && !free_after(&mut rig, &grant, 2));
+    // the next life goes on with the same clock
+    for (ago, left) in [(100, 49), (40, 109)] {
+        let mut rig = Rig::new(0, 0);
+        let grant = Grant::new(grant.kept(), false);
+        rig.client.set_grant(grant.clone());
+        rig.client.was_away(Duration::from_secs(ago), rig.now);
+        assert!(free_after(&mut rig, &grant, left) && !free_after(&mut rig, &grant, 2), "{ago}");
+    }
+    let late = Grant::new(grant.kept(), false);
+    rig.client.set_grant(late.clone());
+    rig.client.was_away(Duration::from_secs(200), rig.now);
+    assert!(late.figures().free.is_none(), "at once");
 }
 
 // Found by the simulation: history 51302.

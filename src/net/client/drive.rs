@@ -22,7 +22,7 @@ use crate::replica::cache::Cache;
 use crate::replica::hydrate::{self, Notice};
 use crate::replica::merge::{self, Listing};
 use crate::replica::meta::Meta;
-use crate::replica::room::FiguresFile;
+use crate::replica::room::{Figures, FiguresFile};
 use crate::replica::tree::TreeError;
 use crate::sys::clock;
 
@@ -79,6 +79,8 @@ pub(super) struct Driver {
     changed: bool,
     rate: Rate,
     grant_file: Option<Arc<FiguresFile>>,
+    /// what stands there, if this life wrote it
+    grant_kept: Figures,
     stop: bool,
 }
 
@@ -121,7 +123,11 @@ impl Driver {
         let seed = facts.incarnation() as u64 ^ u64::from(std::process::id());
         let settings = Settings { age: options.age, ..Settings::default() };
         let mut machine = Client::new(who, current, acked, settings, seed, now);
+        let heard_ns = options.grant.kept().heard_ns;
         machine.set_grant(options.grant);
+        if heard_ns > 0 {
+            machine.was_away(clock::since_wall(heard_ns), now);
+        }
         Driver {
             shared,
             peer,
@@ -153,6 +159,7 @@ impl Driver {
             changed: false,
             rate: Rate { since: now, out: 0, per_second: 0.0 },
             grant_file: options.grant_file,
+            grant_kept: Figures::default(),
             stop: false,
             cache,
         }
@@ -410,6 +417,7 @@ impl Driver {
             Effect::LockEnded { number, how } => self.lock_ended(number, how),
             Effect::LockLost { lock } => self.lock_lost(&lock),
             Effect::SetOnline(online) => {
+                self.shared.grant.note_there(clock::wall_ns());
                 self.set_online(online);
                 // What it was given while the server was away is no better than the rest.
                 if online && self.shared.rights.edit(|rights| rights.volume()) == Mode::None {
@@ -419,7 +427,7 @@ impl Driver {
                     self.for_online.drain(..).for_each(|waiter| waiter.end(Ok(())));
                 }
             }
-            Effect::KeepGrant => self.keep_grant(),
+            Effect::KeepGrant => self.keep_grant_in_time(now),
             Effect::SaveCurrent(_) => self.keep(now),
         }
     }
@@ -574,6 +582,9 @@ impl Driver {
     fn keep_house(&mut self, now: Instant) {
         if self.flush_at.is_some_and(|at| now >= at) {
             self.flush_at = None;
+            if room::figures(&self.shared.grant) != self.grant_kept {
+                self.keep_grant();
+            }
             self.worker.give(Job::Flush);
         }
         if now >= self.keep_at && self.must_keep() {
@@ -618,10 +629,26 @@ impl Driver {
         self.worker.give(Job::Keep { acked: self.kept.0, current: self.kept.1 });
     }
 
-    fn keep_grant(&self) {
+    /// Before anything goes out that takes back what the file says: the next life must not use it
+    /// again. What is granted on top has time, unless it is most of what there is.
+    fn keep_grant_in_time(&mut self, now: Instant) {
+        match room::must_keep(&self.shared.grant, &self.grant_kept) {
+            true => self.keep_grant(),
+            false => drop(self.flush_at.get_or_insert(now + FLUSH_AFTER)),
+        }
+    }
+
+    fn keep_grant(&mut self) {
         let Some(file) = &self.grant_file else { return };
-        if let Err(e) = file.keep(&room::figures(&self.shared.grant)) {
-            self.note_error(&format!("what was granted cannot be kept: {e}"));
+        if self.machine.is_online() {
+            self.shared.grant.note_there(clock::wall_ns());
+        }
+        self.grant_kept = room::figures(&self.shared.grant);
+        if let Err(e) = file.keep(&self.grant_kept) {
+            self.grant_kept = Figures::default();
+            let dropped = file.drop_figures();
+            let rest = dropped.err().map_or(String::new(), |e| format!("; nor dropped: {e}"));
+            self.note_error(&format!("what was granted cannot be kept: {e}{rest}"));
         }
     }
 

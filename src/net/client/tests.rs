@@ -427,3 +427,22 @@ fn who_asks_for_a_lock_is_told_in_any_case() {
     assert_eq!(told.recv_timeout(SOON).unwrap(), Err(Denied::Away), "nobody waits for ever");
     assert_eq!(lock(false).1.recv_timeout(SOON).unwrap(), Err(Denied::Away));
 }
+
+#[test]
+fn any_figures_of_the_servers_can_be_shown() {
+    let most = u64::MAX;
+    let (blocks, files) = (most, most);
+    let said = Space {
+        block_len: 1,
+        blocks,
+        blocks_free: most,
+        blocks_available: most,
+        files,
+        files_free: most,
+    };
+    assert_eq!(with_own(said, Room::new(most, most)), said);
+    let none = Space { block_len: 0, blocks_available: 3, blocks_free: 3, ..said };
+    assert_eq!(with_own(none, Room::new(9, 9)), none);
+    let some = Space { block_len: 4, blocks_available: 3, ..said };
+    assert_eq!(with_own(some, Room::new(9, 9)).blocks_available, 5);
+}

@@ -18,6 +18,7 @@ use crate::kml::codec::{self, Outcome};
 use crate::kml::log::{LogError, SEGMENT_LEN};
 use crate::kml::optimise::optimise;
 use crate::kml::record::{Op, Range, Record, Seq, Stamp};
+use crate::lento::grant::Grant;
 use crate::lento::message::{BATCH_RECORDS_MAX, Batch, INLINE_LEN_MAX, Item, PAGE_LEN};
 use crate::net::poll::Waker;
 use crate::replica::cache::{Cache, CacheError};
@@ -89,6 +90,7 @@ pub(super) struct Saved {
 
 pub(super) fn start(
     cache: Arc<Cache>,
+    grant: Arc<Grant>,
     tell: Sender<In>,
     waker: Waker,
     saved: Arc<Saved>,
@@ -96,17 +98,22 @@ pub(super) fn start(
     let (jobs, todo) = unbounded();
     let thread = std::thread::Builder::new()
         .name("imz-worker".into())
-        .spawn(move || run(&cache, &todo, &tell, (&waker, &saved)))?;
+        .spawn(move || run((&cache, &grant), &todo, &tell, (&waker, &saved)))?;
     Ok(Worker { jobs: Some(jobs), thread: Some(thread) })
 }
 
-fn run(cache: &Cache, todo: &Receiver<Job>, tell: &Sender<In>, (waker, saved): (&Waker, &Saved)) {
+fn run(
+    (cache, grant): (&Cache, &Grant),
+    todo: &Receiver<Job>,
+    tell: &Sender<In>,
+    (waker, saved): (&Waker, &Saved),
+) {
     let mut cutter = Cutter::default();
     let mut counted = Seq(0);
     for job in todo {
         match job {
             Job::Cut { generation, after, upto } => {
-                let cut = cutter.cut(cache, after, upto, &mut |read, left| {
+                let cut = cutter.cut((cache, grant), after, upto, &mut |read, left| {
                     saved.count(read, left, &mut counted);
                 });
                 if tell.send(In::Cut { generation, cut }).is_ok() {
@@ -171,7 +178,13 @@ struct Cutter {
 
 impl Cutter {
     /// `count` is told what was read, and what of it is left.
-    fn cut(&mut self, cache: &Cache, after: Seq, upto: Seq, count: &mut Count<'_>) -> Cut {
+    fn cut(
+        &mut self,
+        (cache, grant): (&Cache, &Grant),
+        after: Seq,
+        upto: Seq,
+        count: &mut Count<'_>,
+    ) -> Cut {
         if after != self.cut || self.read < self.cut {
             *self = Cutter { ready: VecDeque::new(), cut: after, read: after };
         }
@@ -187,6 +200,7 @@ impl Cutter {
                 break;
             }
             make_whole(cache, record);
+            grant.goes_out(*seq);
             let wire = codec::encode_wire(record, *seq).map_err(LogError::Unwritable)?;
             let data = content(cache, *seq, record);
             if data.as_ref().is_some_and(|data| (data.len() as u64) < data_len(record)) {

@@ -88,7 +88,11 @@ fn every_operation_is_taken_apart() {
     assert_eq!(parsed(&bytes), Ok(Op::Symlink { name: b"name", target: b"a/target" }));
     let lens = Body::default().u64(9).u64(8).u32(3).u32(4).u64(0).u64(0).0;
     let bytes = request(code::WRITE, &[&lens, &b"abc"[..]].concat());
-    assert_eq!(parsed(&bytes), Ok(Op::Write { fh: 9, at: 8, kill: true, data: b"abc" }));
+    let write = |kill, page| Op::Write { fh: 9, at: 8, kill, page, data: b"abc" };
+    assert_eq!(parsed(&bytes), Ok(write(true, false)));
+    let lens = Body::default().u64(9).u64(8).u32(3).u32(1).u64(0).u64(0).0;
+    let bytes = request(code::WRITE, &[&lens, &b"abc"[..]].concat());
+    assert_eq!(parsed(&bytes), Ok(write(false, true)));
 }
 
 #[test]
