@@ -226,7 +226,7 @@ Mount options:
   coherence=close-to-open
                      who opens a file sees what was closed, synced or unlocked before (default)
   coherence=strict   every read sees every write that has returned, also in files that are open;
-                     data goes through the daemon
+                     data goes through the daemon, and no file can be mapped shared
   coherence=session  for a machine that mostly has the volume to itself: it keeps its permits for
                      as long as nobody else needs them, however long it rests
   uring=auto         requests come over io_uring where the kernel allows it and root mounts

@@ -365,6 +365,37 @@ fn strict_readers_see_every_write_that_has_returned() {
 }
 
 #[test]
+fn strict_writers_of_one_file_lose_nothing() {
+    let Some(disk) = Disk::for_trees() else { return };
+    let server = Server::start(&disk);
+    let options = "age=60s,coherence=strict";
+    let mounts: [Mount; 2] = std::array::from_fn(|no| {
+        Mount::with(server.source(), &disk.dir(&format!("s{no}")), options)
+    });
+    let rounds = 60;
+    fs::write(mounts[0].at("file"), vec![b'.'; 2 * 8 * rounds]).unwrap();
+    // each writes every second place, without a look at what the other does
+    std::thread::scope(|scope| {
+        for (no, mount) in mounts.iter().enumerate() {
+            scope.spawn(move || {
+                let file = OpenOptions::new().write(true).open(mount.at("file")).unwrap();
+                for round in 0..rounds {
+                    let (place, text) = (2 * round + no, format!("{no}{round:07}"));
+                    file.write_all_at(text.as_bytes(), 8 * place as u64).unwrap();
+                }
+            });
+        }
+    });
+    let places = (0..2 * rounds).map(|place| format!("{}{:07}", place % 2, place / 2));
+    let want: String = places.collect();
+    for mount in &mounts {
+        assert_eq!(fs::read_to_string(mount.at("file")).unwrap(), want);
+        mount.sync();
+        mount.no_conflicts();
+    }
+}
+
+#[test]
 fn git_works_in_turn_on_two_mounts() {
     let Some(disk) = Disk::for_trees() else { return };
     let server = Server::start(&disk);

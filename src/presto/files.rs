@@ -125,7 +125,7 @@ impl Filter {
             open.state().dirty = None; // what a mapping writes nobody sees
         }
         // Whoever writes past the daemon is looked at.
-        let covered = (rdwr && !by_kernel).then(|| self.cover_mapping(&open));
+        let covered = (rdwr && !by_kernel && !self.strict).then(|| self.cover_mapping(&open));
         let maps = match covered {
             None => false,
             Some(Ok(())) => true,
@@ -140,8 +140,9 @@ impl Filter {
             open.state().begin_mapping();
         }
         // Readers may have it open past the daemon, or a mapping takes room that is not there: then
-        // each write is a request of its own.
-        let direct = writer && !by_kernel && (open.passthrough || (rdwr && !maps));
+        // each write is a request of its own. So is each access in strict mode: while one waits for its
+        // right the kernel would keep pages locked that others' rights need to be forgotten.
+        let direct = self.strict || (writer && !by_kernel && (open.passthrough || (rdwr && !maps)));
         Ok(Grip { open, writer, by_kernel, maps, direct })
     }
 
