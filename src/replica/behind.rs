@@ -35,7 +35,7 @@ use super::power::clock_ns;
 use super::tree::TreeError;
 use super::volume::{Result, Volume, VolumeError};
 use crate::kml::codec::Outcome;
-use crate::kml::record::{Change, Fid, Op, Origin, ROOT, Range, Record, Stamp, Time};
+use crate::kml::record::{Change, Fid, Name, Op, Origin, ROOT, Range, Record, Stamp, Time};
 use crate::sys::Errno;
 use crate::sys::fs::{self, Kind, Stat};
 
@@ -61,7 +61,8 @@ struct Behind {
     changed: BTreeMap<Fid, bool>,
     relabel: Vec<Fid>,
     elsewhere: Vec<At>,
-    nowhere: Vec<(Fid, Vec<At>)>,
+    /// an object that the walk did not come by, and a place where it was
+    nowhere: Vec<(Fid, Fid, Name)>,
 }
 
 impl Behind {
@@ -91,8 +92,7 @@ impl Behind {
                 dirs.extend(was.into_iter().map(|(dir, _)| dir).chain([dir]));
             }
             (Difference::Missing { fid, was }, _) => {
-                dirs.extend(was.iter().map(|(dir, _)| *dir));
-                self.nowhere.push((fid, was));
+                self.nowhere.extend(was.into_iter().map(|(dir, name)| (fid, dir, name)));
             }
             _ => {}
         }
@@ -131,12 +131,18 @@ impl Volume {
             let dir = unless_gone(self.dir(dir))?;
             dir.map(|dir| unless_gone(self.seen(&dir, &name))).transpose()?;
         }
-        for (fid, (dir, name)) in found
-            .nowhere
-            .into_iter()
-            .flat_map(|(fid, was)| was.into_iter().map(move |at| (fid, at)))
-        {
+        // All are looked at before any is forgotten: children are found by their parents' places.
+        let mut gone = Vec::new();
+        for (fid, dir, name) in found.nowhere {
+            if !self.may_stand(fid, dir, &name)? {
+                gone.push((fid, dir, name));
+            }
+        }
+        for (fid, dir, name) in gone {
             self.tree.index.remove(fid, dir, &name).map_err(TreeError::from)?;
+            if past.stopped_at == 0 {
+                found.changed.entry(dir).or_default();
+            }
         }
         if let Some((kept, mark)) = past.lost {
             let renew = |stamp: &mut Stamp| {
@@ -196,6 +202,19 @@ impl Volume {
             CompareError::Stopped => VolumeError::Os(Errno::INTR), // never: it is told to go on
         })?;
         Ok(count)
+    }
+
+    /// Whether an object that the walk did not come by stands at a place all the same: it is kept
+    /// for a conflict, or lies where nobody can look.
+    fn may_stand(&self, fid: Fid, dir: Fid, name: &Name) -> Result<bool> {
+        let meta = self.dir(dir).and_then(|dir| Ok(self.tree.meta(&dir, name)?));
+        match meta {
+            Ok(meta) => Ok(meta.is_some_and(|meta| meta.fid == fid)),
+            Err(VolumeError::Gone(_) | VolumeError::NotADir) => Ok(false),
+            Err(VolumeError::Tree(TreeError::BadMeta(_))) => Ok(false),
+            Err(VolumeError::Os(e)) => Ok(!matches!(e, Errno::NOENT | Errno::NOTDIR)),
+            Err(e) => Err(e),
+        }
     }
 
     /// Journals what somebody else has done to an object, as far as it can be seen.

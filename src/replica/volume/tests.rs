@@ -434,6 +434,35 @@ fn a_taken_name_keeps_the_other_object_aside_with_all_that_follows() {
     assert_eq!(rig.names(), ["f"]);
 }
 
+/// The look at the tree passes over what is kept, and must not take it for gone.
+#[test]
+fn what_is_kept_aside_is_found_by_the_next_life_as_well() {
+    for is_clean in [true, false] {
+        let mut rig = rig();
+        rig.ok(1, create(ROOT, "f", f(1, 1)));
+        rig.store(1, f(1, 1), Stamp(0), b"of one");
+        rig.ok(1, create(ROOT, "d", f(1, 2)));
+        rig.with(2, create(ROOT, "f", f(2, 1)), Content::None);
+        rig.with(2, mkdir(ROOT, "d", f(2, 2)), Content::None);
+        let known = rig.v().stamp();
+        match is_clean {
+            true => rig.volume.take().unwrap().close().unwrap(),
+            false => rig.kill(),
+        }
+        rig.open();
+        assert_eq!(rig.v().since(known, 1).unwrap().fids, []);
+        let out = rig.store(2, f(2, 1), Stamp(0), b"of two");
+        assert_eq!((out.conflicts, rig.v().conflicts()), (vec![], 2));
+        assert_eq!(rig.read(".imz-conflicts/2-1/kept/f"), "of two");
+        rig.ok(2, create(f(2, 2), "in it", f(2, 3)));
+        // the client takes its versions away again, and there is no conflict any more
+        rig.ok(2, unlink(f(2, 2), "in it", f(2, 3), Stamp(0)));
+        rig.ok(2, Op::Rmdir { at: at(ROOT, "d"), gone: gone(f(2, 2), Stamp(0)) });
+        rig.ok(2, unlink(ROOT, "f", f(2, 1), Stamp(0)));
+        assert_eq!(rig.v().conflicts(), 0, "clean: {is_clean}");
+    }
+}
+
 #[test]
 fn two_that_make_one_directory_share_it() {
     let mut rig = rig();
