@@ -9,6 +9,7 @@ mod common;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use common::compare::compare;
@@ -95,6 +96,40 @@ fn what_changes_while_nobody_serves_is_seen_by_clients() {
     assert_eq!(fs::read(here.at("d/added")).unwrap(), b"while it was dead");
     agree(&here, &server);
     here.no_conflicts();
+}
+
+/// One directory that takes no stamp: all else is served, and clients see what is in it.
+#[test]
+fn what_cannot_be_stamped_keeps_nothing_from_being_served() {
+    let Some(disk) = Disk::new(AMPLE) else { return };
+    let served = disk.dir("served");
+    fs::create_dir_all(served.join("d")).unwrap();
+    fs::write(served.join("d/f"), b"as it was").unwrap();
+    fs::write(served.join("moved"), b"as it was").unwrap();
+    let mut server = Server::start(&disk);
+    let here = Mount::start(&server, &disk, "here");
+    fs::write(here.at("d/mine"), b"mine").unwrap();
+    here.sync();
+    assert_eq!(read_all(here.path()), 4);
+    let immutable = |flag: &str| {
+        let done = Command::new("chattr").arg(flag).arg(served.join("d")).status();
+        done.is_ok_and(|it| it.success())
+    };
+    server.stop();
+    fs::rename(served.join("moved"), served.join("d/g")).unwrap();
+    if !immutable("+i") {
+        eprintln!("skipped: chattr(1) is not there, or makes nothing immutable");
+        return;
+    }
+    server.restart();
+    let said = server.said();
+    server.stop();
+    server.restart();
+    assert!(immutable("-i"));
+    assert!(said.contains("Operation not permitted"), "{said}");
+    wait_for("it is connected", 30, || here.is_connected());
+    here.sync();
+    agree(&here, &server);
 }
 
 #[test]

@@ -128,8 +128,8 @@ impl Volume {
         let count = self.walk_behind(past, &mut found)?;
         for (dir, name) in found.elsewhere {
             // a copy, attribute and all, is another object
-            let dir = unless_gone(self.dir(dir))?;
-            dir.map(|dir| unless_gone(self.seen(&dir, &name))).transpose()?;
+            let seen = self.dir(dir).and_then(|dir| self.seen(&dir, &name));
+            if_possible(&self.name, dir, seen)?;
         }
         // All are looked at before any is forgotten: children are found by their parents' places.
         let mut gone = Vec::new();
@@ -155,12 +155,13 @@ impl Volume {
                     renew(&mut meta.stamp);
                     renew(&mut meta.data);
                 });
-                unless_gone(renewed.map_err(VolumeError::from))?;
+                if_possible(&self.name, *fid, renewed.map_err(VolumeError::from))?;
             }
         }
         let mut changed = 0;
         for (fid, contents) in found.changed {
-            changed += u64::from(unless_gone(self.note_behind(fid, contents))?.is_some());
+            let noted = self.note_behind(fid, contents);
+            changed += u64::from(if_possible(&self.name, fid, noted)?.is_some());
         }
         let ms = begun.elapsed().as_millis();
         let (name, versions) = (&self.name, found.relabel.len());
@@ -243,8 +244,8 @@ impl Volume {
             true => restamped(meta, 0, stamp),
             false => noted(meta, 0, stamp),
         });
-        let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Void };
-        self.log.settle(ticket, outcome);
+        // where it cannot be stamped, its clients are to hear of it all the same
+        self.log.settle(ticket, Outcome::Done);
         Ok(done?)
     }
 }
@@ -261,10 +262,18 @@ fn attributes(stat: &Stat) -> Change {
     }
 }
 
-fn unless_gone<T>(done: Result<T>) -> Result<Option<T>> {
+/// What is gone, or cannot be looked at or stamped, is passed over: one object does not keep all the
+/// others from being served.
+fn if_possible<T>(volume: &str, fid: Fid, done: Result<T>) -> Result<Option<T>> {
     match done {
         Ok(done) => Ok(Some(done)),
-        Err(VolumeError::Gone(_) | VolumeError::Os(Errno::NOENT)) => Ok(None),
+        Err(VolumeError::Gone(_) | VolumeError::NotADir | VolumeError::Os(Errno::NOENT)) => {
+            Ok(None)
+        }
+        Err(e @ (VolumeError::Os(_) | VolumeError::Tree(TreeError::BadMeta(_)))) => {
+            log::warn!("{volume}: object {fid}, changed while it was not served: {e}");
+            Ok(None)
+        }
         Err(e) => Err(e),
     }
 }
