@@ -3,6 +3,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use super::super::apply::{Applied, Content, Incoming};
+use super::super::certify::View;
 use super::*;
 use crate::kml::record::{
     Change, Gone, Op, Origin, Over, Place, Range, Record, Seq, TARGET_LEN_MAX,
@@ -730,6 +731,39 @@ fn a_stamp_that_was_lost_is_never_given_again() {
         assert_eq!((again.lost, again.fids, again.upto), (false, vec![], now));
         assert!(rig.v().since(shown, 2).unwrap().lost);
     }
+}
+
+/// A power cut sets stamps aside, so that those of a life that a backup does not know may lie in the
+/// future of the life that is restored from it.
+#[test]
+fn a_version_that_was_never_given_is_not_the_current_one() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.store(1, f(1, 1), Stamp(0), b"old!");
+    rig.v().sync_job().run().unwrap();
+    rig.copy("", false);
+    for _ in 0..2 {
+        rig.kill();
+        rig.another_boot();
+        rig.open();
+    }
+    let old = rig.stamp(f(1, 1));
+    rig.store(2, f(1, 1), old, b"lost");
+    let lost = rig.stamp(f(1, 1));
+    rig.kill();
+    rig.copy("", true);
+    rig.open();
+    assert!(lost > rig.v().stamp(), "else this tests nothing");
+    let now = rig.stamp(f(1, 1));
+    rig.seqs.insert(1, 2);
+    assert_eq!(rig.store(1, f(1, 1), now, b"mine").conflicts, []);
+    rig.seqs.insert(2, 0);
+    for base in [lost, Stamp(u64::MAX)] {
+        let out = rig.store(2, f(1, 1), base, b"late");
+        assert_eq!((out.conflicts, rig.read("f")), (vec![f(1, 1)], "mine".to_owned()));
+    }
+    let stamp = rig.v().stamp();
+    assert_eq!((rig.v().known(stamp), rig.v().known(Stamp(stamp.0 + 1))), (Some(stamp), None));
 }
 
 /// The tree kept what the journal lost: what comes again is done, or was done and is over; the
