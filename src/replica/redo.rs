@@ -6,6 +6,8 @@
 //! again, in order, each only where it is missing; contents are not here any more, so the client is
 //! asked for all of it again (none of it was acknowledged), and what is in the tree then is passed
 //! over. Doing all of this twice changes nothing.
+//! A backup that was taken while its volume was served is one of those, too: its files were not all
+//! copied at one time.
 //!
 //! What clients were shown of it is no version any more, whether its record is lost, its effect, or
 //! neither (lives.rs): the history goes on with a record that says so, objects of which the tree has

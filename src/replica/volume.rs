@@ -264,7 +264,10 @@ impl Volume {
         let options = Options { segment_len: usage::segment_len(disk_len) };
         let log = Log::open_or_create(&state_dir.join("kml"), 0, incarnation, options)?;
         let nodes = Nodes::open(state_dir)?;
-        let cut = !facts.clean && !nodes.same_boot();
+        let born = born(dir);
+        let is_copy = ![0, born].contains(&facts.root_born);
+        // a copy of a tree that was served at the time has only a part of what its journal says
+        let cut = !facts.clean && (is_copy || !nodes.same_boot());
         let mut lives = Lives::of(&facts.lives);
         if !is_new {
             lives.begin(log.last(), cut, log.first());
@@ -295,11 +298,10 @@ impl Volume {
         let lost = volume.recover(facts.clean, cut)?;
         volume.mark = lost.map(|(_, mark)| mark);
         if !is_new {
-            let is_copy = ![0, born(dir)].contains(&facts.root_born);
             let stopped_at = facts.stopped_at;
             volume.look_behind(&Past { stopped_at, root_ctime, is_copy, lost })?;
-            volume.state.edit(|facts| facts.stopped_at = 0)?;
         }
+        volume.state.edit(|facts| (facts.stopped_at, facts.root_born) = (0, born))?;
         volume.find_conflicts()?;
         volume.save_nodes()?;
         log::info!("{}: volume {name} at stamp {}", dir.display(), volume.stamp().0);

@@ -733,6 +733,34 @@ fn a_stamp_that_was_lost_is_never_given_again() {
     }
 }
 
+/// Its journal is ahead of its tree, and the machine was not started anew since.
+#[test]
+fn what_a_backup_of_a_running_server_lacks_is_done_again() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.v().sync_job().run().unwrap();
+    rig.v().synced();
+    rig.copy("", false);
+    rig.ok(1, create(ROOT, "g", f(1, 2)));
+    rig.ok(1, rename("f", "h", f(1, 1), FREE));
+    let kml = rig.at.path().join("aside/.imz/kml");
+    std::fs::remove_dir_all(&kml).unwrap();
+    copy_all(&rig.path(".imz/kml"), &kml);
+    rig.kill();
+    rig.copy("", true);
+    rig.open();
+    assert_eq!(rig.names(), ["g", "h"]);
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(1), "the rest may come again");
+    rig.seqs.insert(1, 1);
+    rig.ok(1, create(ROOT, "g", f(1, 2)));
+    rig.ok(1, rename("f", "h", f(1, 1), FREE));
+    // the next start, of the same tree, is one like any other
+    let known = rig.v().stamp();
+    rig.kill();
+    rig.open();
+    assert!(!rig.v().since(known, 2).unwrap().lost);
+}
+
 /// A power cut sets stamps aside, so that those of a life that a backup does not know may lie in the
 /// future of the life that is restored from it.
 #[test]
