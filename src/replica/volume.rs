@@ -74,6 +74,8 @@ pub enum VolumeError {
     NotADir,
     #[error("there is no room left")]
     NoRoom,
+    #[error("it is half written, and what was there cannot be put back: {0}")]
+    Mixed(Errno),
     #[error("{path}: no such directory")]
     Missing { path: PathBuf },
     #[error("there is no conflict {id}; imz conflicts list says which there are")]
