@@ -481,6 +481,7 @@ impl Server {
                 Effect::Meet { conn, volume, hello } => {
                     match self.volumes[volume].meet(hello.incarnation, hello.node, &hello.host) {
                         Ok((node, acked)) => {
+                            self.volumes[volume].brings(node, hello.pending);
                             let seen = self.volumes[volume].newest_of(node);
                             self.machine.on_met(conn, node, (acked, seen.max(acked)), now);
                         }

@@ -169,7 +169,9 @@ impl Volume {
         }
         self.follow(node, &mut record.op)?;
         let verdict = match certify(self, (node, seq), &record, content)? {
-            Verdict::Conflict(Clash::OtherObject) if self.has_outlived(node, &record.op)? => {
+            Verdict::Conflict(Clash::OtherObject)
+                if self.has_outlived((node, seq), &record.op)? =>
+            {
                 Verdict::Same
             }
             verdict => verdict,
@@ -212,9 +214,13 @@ impl Volume {
 
     /// Whether the object, or what stands in its place, shows what the client itself did later, of
     /// which a power cut took the record and left the effect: that comes again, too. File systems
-    /// keep a sequence of changes up to some point: what came before it was there, and is over.
-    fn has_outlived(&mut self, node: u32, op: &Op) -> Result<bool> {
+    /// keep a sequence of changes up to some point: what came before it was there, and is over. What
+    /// the client did since it first came after the cut is no part of that.
+    fn has_outlived(&mut self, (node, seq): (u32, Seq), op: &Op) -> Result<bool> {
         let Some(mark) = self.mark else { return Ok(false) };
+        if self.brought.get(&node).is_none_or(|newest| seq > *newest) {
+            return Ok(false);
+        }
         let is_its = |meta: &Meta| meta.author == node && meta.stamp == mark;
         if let Some(fid) = op.fid()
             && self.find(fid)?.is_some_and(|there| is_its(&there.meta))

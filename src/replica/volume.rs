@@ -176,6 +176,8 @@ pub struct Volume {
     /// the life before ended with the power: versions that may be lost became this one, and the
     /// tree may show more than the journal tells
     pub(super) mark: Option<Stamp>,
+    /// and what its clients had journaled when they first came to this life
+    pub(super) brought: HashMap<u32, Seq>,
     /// directories whose entries were changed, by whom and at which stamp: set once a batch
     pub(super) touched: HashMap<Fid, (u32, Stamp)>,
     pub(super) kept: Kept,
@@ -292,6 +294,7 @@ impl Volume {
             usage: None,
             history_len_max: usage::history_len(disk_len, HISTORY_LEN_MAX),
             mark: None,
+            brought: HashMap::new(),
             touched: HashMap::new(),
             kept: Kept::default(),
             syncing: Vec::new(),
@@ -353,6 +356,12 @@ impl Volume {
     /// The table of clients cannot be written.
     pub fn meet(&mut self, incarnation: [u8; 16], claimed: u32, host: &str) -> Result<(u32, Seq)> {
         Ok(self.nodes.meet(u128::from_be_bytes(incarnation), claimed, host)?)
+    }
+    /// The client comes, with records up to `newest` in its journal.
+    pub fn brings(&mut self, node: u32, newest: Seq) {
+        if self.mark.is_some() {
+            self.brought.entry(node).or_insert(newest);
+        }
     }
     /// The newest record of the client that the journal names, durably or not.
     pub fn newest_of(&self, node: u32) -> Seq {

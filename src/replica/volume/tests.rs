@@ -875,6 +875,7 @@ fn what_outlived_its_records_is_no_conflict_with_them() {
     rig.another_boot();
     rig.open();
     assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(2));
+    rig.v().brings(1, Seq(8));
     rig.seqs.insert(1, 2);
     ops.iter().for_each(|op| rig.ok(1, op.clone()));
     assert_eq!(rig.names(), ["e", "g", "o", "o2"]);
@@ -885,6 +886,30 @@ fn what_outlived_its_records_is_no_conflict_with_them() {
     rig.open();
     let out = rig.with(1, rename("e", "h", f(1, 1), FREE), Content::None);
     assert!(!out.conflicts.is_empty());
+}
+
+/// What a client does after the cut is certified like any other's, however long that was ago.
+#[test]
+fn what_comes_after_the_power_cut_outlives_nothing() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "a", f(1, 1)));
+    rig.v().sync_job().run().unwrap();
+    rig.v().synced();
+    rig.copy(".imz/kml", false);
+    rig.ok(1, create(ROOT, "b", f(1, 2)));
+    rig.kill();
+    rig.copy(".imz/kml", true);
+    rig.another_boot();
+    rig.open();
+    rig.v().brings(1, Seq(2));
+    rig.v().brings(1, Seq(9)); // when it came once more
+    rig.seqs.insert(1, 1);
+    rig.ok(1, create(ROOT, "b", f(1, 2)));
+    rig.ok(2, rename("a", "c", f(1, 1), FREE));
+    let base = rig.stamp(f(1, 2));
+    let over = Over::Replaced(gone(f(1, 2), base));
+    let out = rig.with(1, rename("a", "b", f(1, 1), over), Content::None);
+    assert_eq!((out.conflicts.is_empty(), rig.v().conflicts()), (false, 1));
 }
 
 /// Killed in the midst of a store: who has the version before it must not believe that it has what
