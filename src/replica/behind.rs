@@ -9,7 +9,7 @@
 //!                      a ctime behind it                          setattr; of a directory, its
 //!                                                                 entries are looked at anew
 //!   was killed, or     a name without a fid; an object elsewhere, setattr of the directories
-//!   lost its power     or nowhere
+//!   lost its power     or nowhere, or two with one fid
 //!   lost its power     a version that may be lost (lives.rs)      the stamp of the new life
 //! ```
 //!
@@ -60,13 +60,18 @@ pub(super) struct Past {
 struct Behind {
     changed: BTreeMap<Fid, bool>,
     relabel: Vec<Fid>,
-    elsewhere: Vec<At>,
+    /// places that the index does not know of an object, or of two with one fid, and what was changed
+    /// there
+    elsewhere: Vec<(At, Option<(Fid, bool)>)>,
+    /// of the object that the walk came by last, until it is known whether it is a copy
+    newest: Option<(Fid, bool)>,
     /// an object that the walk did not come by, and a place where it was
     nowhere: Vec<(Fid, Fid, Name)>,
 }
 
 impl Behind {
     fn object(&mut self, past: &Past, spot: &Spot) {
+        self.settle();
         let Some(meta) = &spot.meta else { return };
         if past.is_lost(meta.stamp) || past.is_lost(meta.data) {
             self.relabel.push(meta.fid);
@@ -79,7 +84,13 @@ impl Behind {
         };
         if changed {
             let contents = written && spot.stat.kind() == Kind::File;
-            *self.changed.entry(meta.fid).or_default() |= contents;
+            self.newest = Some((meta.fid, contents));
+        }
+    }
+    /// What the walk came by last is what its fid says.
+    fn settle(&mut self) {
+        if let Some((fid, contents)) = self.newest.take() {
+            *self.changed.entry(fid).or_default() |= contents;
         }
     }
     fn differs(&mut self, past: &Past, spot: Option<&Spot>, difference: Difference) {
@@ -88,8 +99,14 @@ impl Behind {
             (Difference::New, Some(spot)) => dirs.extend(spot.dir),
             (Difference::Moved { was }, Some(spot)) => {
                 let Some(dir) = spot.dir else { return };
-                self.elsewhere.push((dir, spot.name.clone()));
+                self.elsewhere.push(((dir, spot.name.clone()), self.newest.take()));
                 dirs.extend(was.into_iter().map(|(dir, _)| dir).chain([dir]));
+            }
+            (Difference::Copied, Some(spot)) => {
+                let newest = self.newest.take();
+                let Some(dir) = spot.dir else { return };
+                self.elsewhere.push(((dir, spot.name.clone()), newest));
+                dirs.push(dir);
             }
             (Difference::Missing { fid, was }, _) => {
                 self.nowhere.extend(was.into_iter().map(|(dir, name)| (fid, dir, name)));
@@ -126,10 +143,13 @@ impl Volume {
             found.changed.insert(ROOT, false);
         }
         let count = self.walk_behind(past, &mut found)?;
-        for (dir, name) in found.elsewhere {
+        found.settle();
+        for ((dir, name), changed) in std::mem::take(&mut found.elsewhere) {
             // a copy, attribute and all, is another object
             let seen = self.dir(dir).and_then(|dir| self.seen(&dir, &name));
-            if_possible(&self.name, dir, seen)?;
+            let is = if_possible(&self.name, dir, seen)?.map(|(meta, _)| meta.fid);
+            found.newest = changed.filter(|(fid, _)| is == Some(*fid));
+            found.settle();
         }
         // All are looked at before any is forgotten: children are found by their parents' places.
         let mut gone = Vec::new();

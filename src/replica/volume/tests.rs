@@ -1095,6 +1095,41 @@ fn what_was_done_while_nobody_served_is_journaled() {
     assert_eq!((out.conflicts, rig.read("h")), (vec![f(1, 4)], "by hand".to_owned()));
 }
 
+/// The walk comes by the original first, or by the copy.
+#[test]
+fn a_copy_with_its_attribute_is_no_change_of_the_original() {
+    for (from, to) in [("f", "d/copy"), ("d/g", "copy")] {
+        for is_clean in [true, false] {
+            let mut rig = rig();
+            rig.ok(1, mkdir(ROOT, "d", f(1, 1)));
+            rig.ok(1, create(ROOT, "f", f(1, 2)));
+            rig.ok(1, create(f(1, 1), "g", f(1, 3)));
+            let known = rig.v().stamp();
+            let copy = |rig: &Rig| copy_all(&rig.path(from), &rig.path(to));
+            let found = match is_clean {
+                true => behind(&mut rig, copy),
+                false => {
+                    rig.kill();
+                    copy(&rig);
+                    rig.open();
+                    rig.v().since(known, 2).unwrap().fids
+                }
+            };
+            let dir = if to == "copy" { ROOT } else { f(1, 1) };
+            let want = if is_clean || dir == f(1, 1) { vec![dir] } else { vec![ROOT, f(1, 1)] };
+            assert_eq!(found, want, "{to}, clean: {is_clean}");
+            // both of them changed: that is one of the original
+            let found = behind(&mut rig, |rig| {
+                std::fs::write(rig.path(from), b"more").unwrap();
+                std::fs::remove_file(rig.path(to)).unwrap();
+                copy(rig);
+            });
+            let original = if from == "f" { f(1, 2) } else { f(1, 3) };
+            assert_eq!(found, [dir, original], "{to}, clean: {is_clean}");
+        }
+    }
+}
+
 /// A start that ends before it has looked at all is no start.
 #[test]
 fn a_look_that_was_cut_off_is_done_again() {
