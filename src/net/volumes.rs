@@ -297,7 +297,6 @@ impl Server {
             }
             Waiting::Leave { no, told } => {
                 let gone = self.volumes.take(no).map(Box::new);
-                gone.iter().for_each(|volume| volume.drop_book());
                 tell(&told, gone.map(Done::Removed).ok_or(OrderError::Stopping));
             }
         }

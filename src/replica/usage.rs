@@ -54,10 +54,6 @@ impl Volume {
     pub fn keep_book(&self, epoch_next: u64, nodes: Vec<Line>) -> std::io::Result<()> {
         self.book.keep(epoch_next, nodes)
     }
-    /// It is served no more, and nobody holds anything of it.
-    pub fn drop_book(&self) {
-        self.book.drop_book();
-    }
 
     /// Bytes and files that the volume's files take; zero while nobody wants to know.
     pub fn usage(&self) -> Pair {
