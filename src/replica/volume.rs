@@ -29,7 +29,7 @@ use super::meta::Meta;
 use super::nodes::Nodes;
 use super::ops::attr_of;
 use super::power::clock_ns;
-use super::room::{BookFile, Pair};
+use super::room::BookFile;
 use super::settings::name_at_start;
 use super::spool::Spool;
 use super::state::{Facts, State, StateError, random};
@@ -171,7 +171,7 @@ pub struct Volume {
     /// the file system's number
     pub(super) disk: u64,
     /// what the files take, where somebody wants to know
-    pub(super) usage: Option<Pair>,
+    pub(super) usage: usage::Usage,
     history_len_max: u64,
     /// the life before ended with the power: versions that may be lost became this one, and the
     /// tree may show more than the journal tells
@@ -291,7 +291,7 @@ impl Volume {
             live: Live::of(state_dir),
             book: BookFile::of(state_dir),
             disk: std::fs::metadata(dir).map_err(|_| Errno::IO)?.dev(),
-            usage: None,
+            usage: usage::Usage::Unwanted,
             history_len_max: usage::history_len(disk_len, HISTORY_LEN_MAX),
             mark: None,
             brought: HashMap::new(),

@@ -983,13 +983,64 @@ fn what_the_file_system_refuses_is_a_conflict_and_no_stop() {
     assert_eq!(rig.names(), ["d", "long", "next"]);
 }
 
+fn count(rig: &mut Rig) {
+    let job = rig.v().count_usage(true).unwrap().unwrap();
+    rig.v().counted(job.run()).unwrap();
+    assert!(rig.v().count_usage(true).unwrap().is_none());
+}
+
+/// A walk that came by these before, or after.
+#[test]
+fn what_changes_while_it_is_counted_counts_once() {
+    for walked_first in [true, false] {
+        let mut rig = rig();
+        for (n, name) in ["stays", "grows", "goes"].into_iter().enumerate() {
+            rig.ok(1, create(ROOT, name, f(1, 1 + n as u64)));
+            rig.store(1, f(1, 1 + n as u64), Stamp(0), &[7; 9_000]);
+        }
+        let job = rig.v().count_usage(true).unwrap().unwrap();
+        assert!(rig.v().count_usage(true).unwrap().is_none() && rig.v().is_counting());
+        let (before, job) = match walked_first {
+            true => (Some(job.run()), None),
+            false => (None, Some(job)),
+        };
+        rig.store(1, f(1, 2), Stamp(0), &[7; 90_000]);
+        let base = rig.stamp(f(1, 3));
+        rig.ok(1, unlink(ROOT, "goes", f(1, 3), base));
+        rig.ok(1, create(ROOT, "comes", f(1, 4)));
+        assert_eq!(rig.v().usage(), (0, 0));
+        let walked = before.unwrap_or_else(|| job.unwrap().run());
+        rig.v().counted(walked).unwrap();
+        let counted = rig.v().usage();
+        rig.v().count_usage(false).unwrap();
+        count(&mut rig);
+        assert_eq!((rig.v().usage(), counted.1), (counted, 3), "{walked_first}");
+    }
+}
+
+/// More of them than the process may have open.
+#[test]
+fn a_directory_with_many_subdirectories_is_counted() {
+    let mut rig = rig();
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let limit: u64 = line.split_whitespace().next().unwrap().parse().unwrap();
+    if limit > 20_000 {
+        eprintln!("skipped: {limit} files may be open");
+        return;
+    }
+    (0..limit + 10).for_each(|n| std::fs::create_dir(rig.path(&n.to_string())).unwrap());
+    count(&mut rig);
+    assert_eq!(rig.v().usage().1, limit + 10);
+}
+
 #[test]
 fn what_files_take_is_counted_as_a_walk_counts_it() {
     let mut rig = rig();
     let (f, g, d) = (Fid::new(1, 1), Fid::new(1, 2), Fid::new(1, 3));
     rig.ok(1, create(ROOT, "before", f));
     assert_eq!(rig.v().usage(), (0, 0), "nobody wants to know");
-    rig.v().count_usage(true).unwrap();
+    count(&mut rig);
     assert_eq!(rig.v().usage().1, 1);
     rig.ok(1, mkdir(ROOT, "d", d));
     rig.ok(1, create(d, "g", g));
@@ -1009,7 +1060,7 @@ fn what_files_take_is_counted_as_a_walk_counts_it() {
     rig.store(1, f, Stamp(0), &[7; 90_000]);
     let counted = rig.v().usage();
     rig.v().count_usage(false).unwrap();
-    rig.v().count_usage(true).unwrap();
+    count(&mut rig);
     assert_eq!(rig.v().usage(), counted, "as a walk counts it");
     let base = rig.stamp(g);
     rig.ok(1, unlink(ROOT, "again", g, base));
