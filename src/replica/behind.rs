@@ -180,8 +180,19 @@ impl Volume {
         }
         let mut changed = 0;
         for (fid, contents) in found.changed {
-            let noted = self.note_behind(fid, contents);
+            let noted = match self.note_behind(fid, contents) {
+                // of all of a large tree: the history before it may go
+                Err(VolumeError::NoRoom) => {
+                    self.save_nodes()?;
+                    self.log.trim(self.log.settled_through())?;
+                    self.note_behind(fid, contents)
+                }
+                noted => noted,
+            };
             changed += u64::from(if_possible(&self.name, fid, noted)?.is_some());
+        }
+        if self.log.bytes() > self.history_len_max {
+            self.trim()?;
         }
         let ms = begun.elapsed().as_millis();
         let (name, versions) = (&self.name, found.relabel.len());

@@ -172,7 +172,7 @@ pub struct Volume {
     pub(super) disk: u64,
     /// what the files take, where somebody wants to know
     pub(super) usage: usage::Usage,
-    history_len_max: u64,
+    pub(super) history_len_max: u64,
     /// the life before ended with the power: versions that may be lost became this one, and the
     /// tree may show more than the journal tells
     pub(super) mark: Option<Stamp>,
@@ -390,7 +390,7 @@ impl Volume {
             log::warn!("{}: the history cannot be cut: {e}", self.dir.display());
         }
     }
-    fn trim(&mut self) -> Result<()> {
+    pub(super) fn trim(&mut self) -> Result<()> {
         let (first, last) = (self.log.first().0, self.log.settled_through().0);
         self.save_nodes()?;
         Ok(self.log.trim(Seq(first + (last - first) / 2))?)
