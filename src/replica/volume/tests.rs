@@ -710,6 +710,24 @@ fn what_the_power_took_is_done_again() {
     assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(4));
 }
 
+/// One object that was damaged does not keep the others from being served.
+#[test]
+fn what_is_damaged_by_a_power_cut_is_passed_over() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.v().sync_job().run().unwrap();
+    rig.v().synced();
+    rig.store(1, f(1, 1), Stamp(0), b"text");
+    rig.ok(1, create(ROOT, "g", f(1, 2)));
+    rig.kill();
+    rig.another_boot();
+    let file = std::fs::File::open(rig.path("f")).unwrap();
+    fs::xattr::set(file, b"", super::super::compare::own_key(), b"rubbish", 0).unwrap();
+    rig.open();
+    assert_eq!(rig.names(), ["f", "g"]);
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(1), "they come again");
+}
+
 /// A client was shown a version, and with the power went its record alone, or its effect as well.
 #[test]
 fn a_stamp_that_was_lost_is_never_given_again() {
