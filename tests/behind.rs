@@ -7,12 +7,16 @@
 mod common;
 
 use std::fs;
+use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use common::compare::compare;
 use common::{AMPLE, Disk, Mount, Server, wait_for};
+use imz::kml::record::ROOT;
+use imz::replica::volume::Volume;
 
 fn agree(mount: &Mount, server: &Server) {
     let differing = compare(mount.path(), server.dir());
@@ -53,7 +57,7 @@ fn what_changes_while_nobody_serves_is_seen_by_clients() {
         let at = |name: &str| served.join("d").join(name);
         fs::write(at("same"), format!("SAME, as it w{round}s")).unwrap();
         fs::write(at("longer"), format!("longer{:1$}", "", round + 50)).unwrap();
-        fs::set_permissions(at("mode"), fs::Permissions::from_mode(0o640 + round as u32)).unwrap();
+        fs::set_permissions(at("mode"), Permissions::from_mode(0o640 + round as u32)).unwrap();
         if round == 0 {
             fs::remove_file(at("removed")).unwrap();
             fs::rename(at("moved"), served.join("renamed")).unwrap();
@@ -95,6 +99,68 @@ fn what_changes_while_nobody_serves_is_seen_by_clients() {
     assert_eq!(fs::read(here.at("d/added")).unwrap(), b"while it was dead");
     agree(&here, &server);
     here.no_conflicts();
+}
+
+/// On a disk with room for a part of the records that this takes.
+#[test]
+fn all_of_a_tree_is_changed_on_a_disk_that_is_nearly_full() {
+    let Some(disk) = Disk::with_files(96, 30_000) else { return };
+    let served = disk.dir("served");
+    let name = |n: u64| served.join(format!("{:02}/{n:0100}", n / 500));
+    (0..48).for_each(|n| fs::create_dir(served.join(format!("{n:02}"))).unwrap());
+    (0..24_000).for_each(|n| fs::write(name(n), b"").unwrap());
+    let open = || Volume::open(&served, None, "v").unwrap();
+    let mut volume = open();
+    for (_, dir) in volume.list(ROOT, b"").unwrap().entries {
+        let mut after = Vec::new();
+        loop {
+            let page = volume.list(dir.fid, &after).unwrap();
+            after = page.entries.last().unwrap().0.clone();
+            if !page.more {
+                break;
+            }
+        }
+    }
+    volume.close().unwrap();
+    let space = rustix::fs::statvfs(disk.path()).unwrap();
+    let free = space.f_bfree * space.f_frsize; // root may take nearly all of it
+    fs::write(disk.path().join("full"), vec![7; (free - (4 << 20)) as usize]).unwrap();
+    (0..24_000).for_each(|n| fs::set_permissions(name(n), Permissions::from_mode(0o600)).unwrap());
+    open().close().unwrap();
+}
+
+/// One directory that takes no stamp: all else is served, and clients see what is in it.
+#[test]
+fn what_cannot_be_stamped_keeps_nothing_from_being_served() {
+    let Some(disk) = Disk::new(AMPLE) else { return };
+    let served = disk.dir("served");
+    fs::create_dir_all(served.join("d")).unwrap();
+    fs::write(served.join("d/f"), b"as it was").unwrap();
+    fs::write(served.join("moved"), b"as it was").unwrap();
+    let mut server = Server::start(&disk);
+    let here = Mount::start(&server, &disk, "here");
+    fs::write(here.at("d/mine"), b"mine").unwrap();
+    here.sync();
+    assert_eq!(read_all(here.path()), 4);
+    let immutable = |flag: &str| {
+        let done = Command::new("chattr").arg(flag).arg(served.join("d")).status();
+        done.is_ok_and(|it| it.success())
+    };
+    server.stop();
+    fs::rename(served.join("moved"), served.join("d/g")).unwrap();
+    if !immutable("+i") {
+        eprintln!("skipped: chattr(1) is not there, or makes nothing immutable");
+        return;
+    }
+    server.restart();
+    let said = server.said();
+    server.stop();
+    server.restart();
+    assert!(immutable("-i"));
+    assert!(said.contains("Operation not permitted"), "{said}");
+    wait_for("it is connected", 30, || here.is_connected());
+    here.sync();
+    agree(&here, &server);
 }
 
 #[test]

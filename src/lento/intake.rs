@@ -72,11 +72,15 @@ pub fn change(seq: Seq, record: Record, data: Option<Vec<u8>>) -> Result<Change,
     Ok(Change { seq, record, content })
 }
 
-/// Bytes in all ranges together; `None` when one of them ends beyond what a file can hold.
+/// Bytes in all ranges together; `None` when one of them begins before the end of another, or ends
+/// beyond what a file can hold.
 fn total(ranges: &[Range]) -> Option<u64> {
-    let mut sum = 0u64;
+    let (mut sum, mut end) = (0u64, 0);
     for range in ranges {
-        range.at.checked_add(range.len).filter(|end| *end <= i64::MAX as u64)?;
+        if range.at < end {
+            return None;
+        }
+        end = range.at.checked_add(range.len).filter(|end| *end <= i64::MAX as u64)?;
         sum = sum.checked_add(range.len)?;
     }
     Some(sum)
@@ -263,5 +267,9 @@ mod tests {
         assert_eq!(of(store(&[]), None), Ok(Content::None));
         assert_eq!(of(store(&[(u64::MAX, 2)]), None), Err(BadBatch::Ranges));
         assert_eq!(of(store(&[(i64::MAX as u64, 1)]), None), Err(BadBatch::Ranges));
+        assert_eq!(of(store(&[(0, 2), (2, 1)]), None), Ok(Content::Spooled));
+        for ranges in [[(0, 3), (2, 1)], [(5, 1), (0, 1)]] {
+            assert_eq!(of(store(&ranges), None), Err(BadBatch::Ranges));
+        }
     }
 }

@@ -105,7 +105,8 @@ impl Ledger {
         let (quota, used, epoch_next) = (None, Room::NONE, saved.epoch_next.max(1));
         self.accounts.push(Account { disk, quota, used, epoch_next, nodes });
     }
-    /// Nobody holds anything in the volume any more: it is not served.
+    /// The volume is not served any more: its room is everybody's. What was granted stands in the book
+    /// that was saved, for the day when it is served again.
     pub fn remove_volume(&mut self, no: usize) {
         let Some(account) = self.accounts.get_mut(no) else { return };
         (account.quota, account.used) = (None, Room::NONE);

@@ -104,6 +104,10 @@ fn open_volume(
             volume.set_name(name).map_err(|e| at(e.into()))?; // a file tells its name, too
         }
     }
+    // Here nobody waits for it. What fails is tried again, and said, when it is served.
+    if let Err(e) = volume.count_for_limit() {
+        log::debug!("{name}: {e}");
+    }
     Ok(volume)
 }
 

@@ -41,7 +41,7 @@ pub fn failure(e: &VolumeError) -> Failed {
         | VolumeError::Undecided { .. } => Code::Other,
         VolumeError::Os(crate::sys::Errno::NOENT) => Code::Gone,
         VolumeError::Os(_) | VolumeError::Tree(_) | VolumeError::Log(_) => Code::Io,
-        VolumeError::State(_) => Code::Io,
+        VolumeError::Mixed(_) | VolumeError::State(_) => Code::Io,
     };
     let what = e.to_string().chars().take(WHAT_LEN_MAX / 4).collect();
     Failed { code, what }

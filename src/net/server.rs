@@ -27,6 +27,7 @@ use crate::kml::record::Stamp;
 use crate::lento::message::{Code, Failed, Message, Resolve};
 use crate::lento::promises::ConnId;
 use crate::lento::server::{Effect, Server as Machine, Settings, VolumeNo, Why};
+use crate::replica::usage::Counted;
 use crate::replica::volume::{self, SyncJob, Volume, VolumeError};
 use crate::sys::crash;
 
@@ -106,7 +107,7 @@ impl Drop for Embedded {
 
 /// Everything that listens, and the volumes behind it.
 pub struct Server {
-    poll: Loop,
+    pub(super) poll: Loop,
     listener: Option<Listener>,
     accept_at: Option<Instant>,
     pub(super) machine: Machine,
@@ -124,6 +125,8 @@ pub struct Server {
     pub(super) shared: Arc<Shared>,
     jobs: Sender<(VolumeNo, SyncJob)>,
     synced: Receiver<(VolumeNo, volume::Result<Stamp>)>,
+    pub(super) count_done: Sender<(VolumeNo, volume::Result<Counted>)>,
+    counted: Receiver<(VolumeNo, volume::Result<Counted>)>,
     bytes_in: u64,
     bytes_out: u64,
     last_error: Option<String>,
@@ -164,6 +167,7 @@ impl Server {
         }
         let (jobs, todo) = unbounded();
         let (done, synced) = unbounded();
+        let (count_done, counted) = unbounded();
         let waker = poll.waker();
         std::thread::Builder::new().name("syncer".into()).spawn(move || {
             syncer(&todo, &done, &waker);
@@ -183,6 +187,8 @@ impl Server {
             shared: Arc::default(),
             jobs,
             synced,
+            count_done,
+            counted,
             bytes_in: 0,
             bytes_out: 0,
             last_error: None,
@@ -309,6 +315,9 @@ impl Server {
                 }
             };
             self.machine.on_synced(volume, stamp);
+        }
+        while let Ok((volume, walked)) = self.counted.try_recv() {
+            self.on_counted(volume, walked);
         }
         self.drain(now);
         for conn in std::mem::take(&mut self.readable) {
@@ -481,6 +490,7 @@ impl Server {
                 Effect::Meet { conn, volume, hello } => {
                     match self.volumes[volume].meet(hello.incarnation, hello.node, &hello.host) {
                         Ok((node, acked)) => {
+                            self.volumes[volume].brings(node, hello.pending);
                             let seen = self.volumes[volume].newest_of(node);
                             self.machine.on_met(conn, node, (acked, seen.max(acked)), now);
                         }

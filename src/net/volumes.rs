@@ -2,8 +2,8 @@
 //!
 //! Other threads of the process send an [`Order`] by [`Handle::order`] and wait for what came of it,
 //! never longer than [`ORDER_TIME_MAX`]. A volume is opened before it is handed to the loop, and
-//! closed after the loop has given it back, so that others are served meanwhile. A volume's place in
-//! the list is its number for the machine, and never used again: a removed one leaves a hole.
+//! closed after the loop has given it back, and the files of one that gets a limit are counted by a
+//! thread of their own, so that others are served meanwhile. A volume's place in the list is its number for the machine, and never used again: a removed one leaves a hole.
 //! What is ordered is durable in the volume's state before it holds.
 
 use std::ops::{Index, IndexMut};
@@ -21,7 +21,9 @@ use crate::lento::server::VolumeNo;
 use crate::lento::serving::Owing;
 use crate::replica::settings::{Change, USERS_MAX};
 use crate::replica::state::StateError;
-use crate::replica::volume::Volume;
+use crate::replica::usage::{CountJob, Counted};
+use crate::replica::volume::{self, Volume, VolumeError};
+use crate::sys::Errno;
 
 /// Longest wait for clients to hand in what they changed, before a volume is read-only: longer than
 /// the lease of one that was just cut off.
@@ -89,6 +91,8 @@ pub(super) enum Waiting {
     Freeze { no: VolumeNo, change: Change, told: Told },
     /// for the end of the sync that is under way
     Leave { no: VolumeNo, told: Told },
+    /// until a new limit holds
+    Count { no: VolumeNo, told: Told },
 }
 
 impl Handle {
@@ -183,23 +187,48 @@ impl Server {
         self.machine.on_conflicts(no, volume.conflicts());
         self.machine.reserve(volume.disk(), room::saved(&volume), Instant::now());
         self.volumes.push(volume);
-        self.limits_changed(no);
+        if let Some(job) = self.limits_changed(no) {
+            self.on_counted(no, job.run()); // of one that was not counted before
+        }
         Ok(no)
     }
     /// Names and directories of the volumes.
     pub fn served(&self) -> impl Iterator<Item = (&str, &Path)> {
         self.volumes.iter().map(|(_, volume)| (volume.name(), volume.path()))
     }
-    /// Called with every volume that comes, and whenever the limits in its settings change.
-    fn limits_changed(&mut self, no: VolumeNo) {
+    /// Called with every volume that comes, and whenever the limits in its settings change. `Some`:
+    /// a limit holds when it is counted what the files take.
+    fn limits_changed(&mut self, no: VolumeNo) -> Option<CountJob> {
         let volume = &mut self.volumes[no];
         let limit = room::limit(volume.settings().quota);
         match volume.count_usage(limit.is_some()) {
-            Ok(()) => self.machine.set_quota(no, limit),
-            Err(e) => {
-                let name = volume.name();
-                log::error!("{name}: what its files take cannot be counted, no limit holds: {e}");
+            Ok(None) if volume.is_counting() => return None,
+            Ok(None) => self.machine.set_quota(no, limit),
+            Ok(Some(job)) => return Some(job),
+            Err(e) => not_counted(volume, &e),
+        }
+        None
+    }
+    /// What the files of a volume take is known, or cannot be.
+    pub(super) fn on_counted(&mut self, no: VolumeNo, walked: volume::Result<Counted>) {
+        let Some(volume) = self.volumes.get_mut(no) else { return };
+        match volume.counted(walked) {
+            // the limit may have gone meanwhile: that needs no count
+            Ok(()) => _ = self.limits_changed(no),
+            Err(e) => not_counted(volume, &e),
+        }
+    }
+    /// A large tree takes a while.
+    fn count(&self, no: VolumeNo, job: CountJob) {
+        let (done, waker) = (self.count_done.clone(), self.poll.waker());
+        let run = move || {
+            if done.send((no, job.run())).is_ok() {
+                waker.wake();
             }
+        };
+        if let Err(e) = std::thread::Builder::new().name("counter".into()).spawn(run) {
+            let failed = Errno::from_io_error(&e).unwrap_or(Errno::AGAIN);
+            let _ = self.count_done.send((no, Err(failed.into()))); // the loop has the other end
         }
     }
     /// Looks at all disks: what df and status show is of now, whether or not anybody asks for room.
@@ -268,7 +297,7 @@ impl Server {
     pub(super) fn orders_wake_at(&self) -> Option<Instant> {
         let of = |waiting: &Waiting| match waiting {
             Waiting::Freeze { no, .. } => self.machine.freeze_until(*no),
-            Waiting::Leave { .. } => None, // the syncer wakes the loop
+            Waiting::Leave { .. } | Waiting::Count { .. } => None, // another thread wakes the loop
         };
         self.waiting.iter().filter_map(of).min()
     }
@@ -284,7 +313,7 @@ impl Server {
                     if done.is_err() {
                         self.machine.set_read_only(no, false, now);
                     }
-                    tell(&told, done);
+                    self.tell_when_counted(no, told, done);
                 }
                 Some(Err(owing)) => {
                     let name = self.volumes[no].name().to_owned();
@@ -292,12 +321,16 @@ impl Server {
                     tell(&told, Err(OrderError::Owing { name, clients }));
                 }
             },
+            Waiting::Count { no, told } => match self.volumes.get_mut(no) {
+                Some(volume) if volume.is_counting() => return Some(Waiting::Count { no, told }),
+                Some(_) => tell(&told, Ok(Done::Done)),
+                None => tell(&told, Err(OrderError::Stopping)),
+            },
             Waiting::Leave { no, told } if self.machine.is_syncing(no) => {
                 return Some(Waiting::Leave { no, told });
             }
             Waiting::Leave { no, told } => {
                 let gone = self.volumes.take(no).map(Box::new);
-                gone.iter().for_each(|volume| volume.drop_book());
                 tell(&told, gone.map(Done::Removed).ok_or(OrderError::Stopping));
             }
         }
@@ -333,7 +366,13 @@ impl Server {
         if done.is_ok() && change.read_only == Some(false) && before {
             self.machine.set_read_only(no, false, now);
         }
-        tell(told, done);
+        self.tell_when_counted(no, told.clone(), done);
+    }
+    fn tell_when_counted(&mut self, no: VolumeNo, told: Told, done: Result<Done, OrderError>) {
+        match done.is_ok() && self.volumes[no].is_counting() {
+            true => self.waiting.push(Waiting::Count { no, told }),
+            false => tell(&told, done),
+        }
     }
     fn check_change(
         &self,
@@ -370,7 +409,9 @@ impl Server {
     /// Durable on return: yes.
     fn keep(&mut self, no: VolumeNo, change: &Change) -> Result<Done, OrderError> {
         self.volumes[no].change_settings(change)?;
-        self.limits_changed(no);
+        if let Some(job) = self.limits_changed(no) {
+            self.count(no, job);
+        }
         Ok(Done::Done)
     }
     /// Its clients are gone on return.
@@ -399,6 +440,11 @@ fn owing_text(owing: &Owing) -> String {
         0 => format!("{host} (node {node}){away} may have changes"),
         _ => format!("{host} (node {node}){away} has up to {records} changes"),
     }
+}
+
+fn not_counted(volume: &Volume, e: &VolumeError) {
+    let name = volume.name();
+    log::error!("{name}: what its files take cannot be counted, no limit holds: {e}");
 }
 
 /// The first few of them.

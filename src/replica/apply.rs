@@ -109,9 +109,10 @@ impl Volume {
             out.upto = upto;
         } else {
             // it comes again, and room may be what was missing
-            for change in changes.iter().filter(|change| change.content == Content::Spooled) {
-                self.spool.remove(node, change.seq);
-            }
+            let has_bytes = |change: &&Incoming<'_>| {
+                matches!(change.content, Content::Spooled | Content::Inline(_))
+            };
+            changes.iter().filter(has_bytes).for_each(|it| self.spool.remove(node, it.seq));
         }
         if let Err(e) = self.finish(node, &mut out) {
             log::warn!("{}: node {node}: {e}", self.name);
@@ -168,7 +169,9 @@ impl Volume {
         }
         self.follow(node, &mut record.op)?;
         let verdict = match certify(self, (node, seq), &record, content)? {
-            Verdict::Conflict(Clash::OtherObject) if self.has_outlived(node, &record.op)? => {
+            Verdict::Conflict(Clash::OtherObject)
+                if self.has_outlived((node, seq), &record.op)? =>
+            {
                 Verdict::Same
             }
             verdict => verdict,
@@ -211,9 +214,13 @@ impl Volume {
 
     /// Whether the object, or what stands in its place, shows what the client itself did later, of
     /// which a power cut took the record and left the effect: that comes again, too. File systems
-    /// keep a sequence of changes up to some point: what came before it was there, and is over.
-    fn has_outlived(&mut self, node: u32, op: &Op) -> Result<bool> {
+    /// keep a sequence of changes up to some point: what came before it was there, and is over. What
+    /// the client did since it first came after the cut is no part of that.
+    fn has_outlived(&mut self, (node, seq): (u32, Seq), op: &Op) -> Result<bool> {
         let Some(mark) = self.mark else { return Ok(false) };
+        if self.brought.get(&node).is_none_or(|newest| seq > *newest) {
+            return Ok(false);
+        }
         let is_its = |meta: &Meta| meta.author == node && meta.stamp == mark;
         if let Some(fid) = op.fid()
             && self.find(fid)?.is_some_and(|there| is_its(&there.meta))
@@ -315,6 +322,13 @@ impl Volume {
         crash::point("apply-done");
         self.log.settle(ticket, outcome);
         crash::point("apply-settled");
+        if let (Err(VolumeError::Mixed(_)), Op::Store { fid, .. }) = (&done, &record.op) {
+            // no version that anybody knows: the old stamp must not name it
+            let restamp = |meta: &mut Meta| restamped(meta, record.origin.node, stamp);
+            if let Err(e) = self.tree.edit_meta(*fid, restamp) {
+                log::error!("{}: {fid} is half written under its old stamp: {e}", self.name);
+            }
+        }
         done.map(|()| stamp)
     }
 
@@ -370,7 +384,8 @@ impl Volume {
         if stat.kind() != fs::Kind::File {
             return Err(Errno::INVAL.into());
         }
-        let mut meta = self.tree.meta(&dir, &name)?.unwrap_or_else(|| Meta::whole(fid));
+        let old = self.tree.meta(&dir, &name)?.unwrap_or_else(|| Meta::whole(fid));
+        let mut meta = old.clone();
         restamped(&mut meta, origin.node, stamp);
         let times = (fs::SetTime::Keep, fs::SetTime::At(mtime.sec, mtime.nsec.min(999_999_999)));
         if content == Content::Gone {
@@ -399,23 +414,38 @@ impl Volume {
             }
             return Ok(());
         }
-        let access = if content == Content::Spooled { fs::o::RDWR } else { fs::o::WRONLY };
-        let file = fs::open(&*dir, name.as_bytes(), access | fs::o::NONBLOCK, 0)?;
+        let file = fs::open(&*dir, name.as_bytes(), fs::o::RDWR | fs::o::NONBLOCK, 0)?;
+        let set_times = || fs::utimes_fd(&file, times.0, times.1);
+        // Bytes that are cut off nobody can put back: what may fail is tried before. The stamp comes
+        // last, for it says that all else is done.
         let finish = || -> Result<()> {
+            self.tree.set_meta_of(&file, &old)?;
+            set_times()?;
             fs::truncate(&file, size).map_err(TreeError::from)?;
-            fs::utimes_fd(&file, times.0, times.1)?;
-            Ok(self.tree.set_meta_of(&file, &meta)?)
+            let done = set_times().map_err(TreeError::from);
+            match done.and_then(|()| self.tree.set_meta_of(&file, &meta)) {
+                Err(e) if size < stat.size => Err(VolumeError::Mixed(e.errno())),
+                done => Ok(done?),
+            }
         };
         match content {
-            Content::Inline(bytes) => {
-                write_ranges(&file, ranges, bytes).map_err(TreeError::from)?;
-                finish()
+            Content::None | Content::Gone => finish(),
+            Content::Inline(bytes) if stat.size == 0 => {
+                let written = write_ranges(&file, ranges, bytes).map_err(TreeError::from);
+                let done = written.map_err(VolumeError::from).and_then(|()| finish());
+                if done.is_err() {
+                    fs::truncate(&file, 0)?; // as it was
+                }
+                done
             }
-            Content::Spooled => {
+            Content::Inline(_) | Content::Spooled => {
                 let from = self.spool.get(origin.node, origin.seq).map_err(TreeError::from)?;
+                if let Content::Inline(bytes) = content {
+                    fs::truncate(&from, 0)?;
+                    write_ranges(&from, ranges, bytes).map_err(TreeError::from)?;
+                }
                 swap::in_place(&from, &file, ranges, finish)
             }
-            Content::None | Content::Gone => finish(),
         }
     }
     /// Makes a new file look like the one that it replaces.

@@ -9,7 +9,7 @@
 //!                      a ctime behind it                          setattr; of a directory, its
 //!                                                                 entries are looked at anew
 //!   was killed, or     a name without a fid; an object elsewhere, setattr of the directories
-//!   lost its power     or nowhere
+//!   lost its power     or nowhere, or two with one fid
 //!   lost its power     a version that may be lost (lives.rs)      the stamp of the new life
 //! ```
 //!
@@ -35,7 +35,7 @@ use super::power::clock_ns;
 use super::tree::TreeError;
 use super::volume::{Result, Volume, VolumeError};
 use crate::kml::codec::Outcome;
-use crate::kml::record::{Change, Fid, Op, Origin, ROOT, Range, Record, Stamp, Time};
+use crate::kml::record::{Change, Fid, Name, Op, Origin, ROOT, Range, Record, Stamp, Time};
 use crate::sys::Errno;
 use crate::sys::fs::{self, Kind, Stat};
 
@@ -60,12 +60,18 @@ pub(super) struct Past {
 struct Behind {
     changed: BTreeMap<Fid, bool>,
     relabel: Vec<Fid>,
-    elsewhere: Vec<At>,
-    nowhere: Vec<(Fid, Vec<At>)>,
+    /// places that the index does not know of an object, or of two with one fid, and what was changed
+    /// there
+    elsewhere: Vec<(At, Option<(Fid, bool)>)>,
+    /// of the object that the walk came by last, until it is known whether it is a copy
+    newest: Option<(Fid, bool)>,
+    /// an object that the walk did not come by, and a place where it was
+    nowhere: Vec<(Fid, Fid, Name)>,
 }
 
 impl Behind {
     fn object(&mut self, past: &Past, spot: &Spot) {
+        self.settle();
         let Some(meta) = &spot.meta else { return };
         if past.is_lost(meta.stamp) || past.is_lost(meta.data) {
             self.relabel.push(meta.fid);
@@ -78,7 +84,13 @@ impl Behind {
         };
         if changed {
             let contents = written && spot.stat.kind() == Kind::File;
-            *self.changed.entry(meta.fid).or_default() |= contents;
+            self.newest = Some((meta.fid, contents));
+        }
+    }
+    /// What the walk came by last is what its fid says.
+    fn settle(&mut self) {
+        if let Some((fid, contents)) = self.newest.take() {
+            *self.changed.entry(fid).or_default() |= contents;
         }
     }
     fn differs(&mut self, past: &Past, spot: Option<&Spot>, difference: Difference) {
@@ -87,12 +99,17 @@ impl Behind {
             (Difference::New, Some(spot)) => dirs.extend(spot.dir),
             (Difference::Moved { was }, Some(spot)) => {
                 let Some(dir) = spot.dir else { return };
-                self.elsewhere.push((dir, spot.name.clone()));
+                self.elsewhere.push(((dir, spot.name.clone()), self.newest.take()));
                 dirs.extend(was.into_iter().map(|(dir, _)| dir).chain([dir]));
             }
+            (Difference::Copied, Some(spot)) => {
+                let newest = self.newest.take();
+                let Some(dir) = spot.dir else { return };
+                self.elsewhere.push(((dir, spot.name.clone()), newest));
+                dirs.push(dir);
+            }
             (Difference::Missing { fid, was }, _) => {
-                dirs.extend(was.iter().map(|(dir, _)| *dir));
-                self.nowhere.push((fid, was));
+                self.nowhere.extend(was.into_iter().map(|(dir, name)| (fid, dir, name)));
             }
             _ => {}
         }
@@ -126,17 +143,26 @@ impl Volume {
             found.changed.insert(ROOT, false);
         }
         let count = self.walk_behind(past, &mut found)?;
-        for (dir, name) in found.elsewhere {
+        found.settle();
+        for ((dir, name), changed) in std::mem::take(&mut found.elsewhere) {
             // a copy, attribute and all, is another object
-            let dir = unless_gone(self.dir(dir))?;
-            dir.map(|dir| unless_gone(self.seen(&dir, &name))).transpose()?;
+            let seen = self.dir(dir).and_then(|dir| self.seen(&dir, &name));
+            let is = if_possible(&self.name, dir, seen)?.map(|(meta, _)| meta.fid);
+            found.newest = changed.filter(|(fid, _)| is == Some(*fid));
+            found.settle();
         }
-        for (fid, (dir, name)) in found
-            .nowhere
-            .into_iter()
-            .flat_map(|(fid, was)| was.into_iter().map(move |at| (fid, at)))
-        {
+        // All are looked at before any is forgotten: children are found by their parents' places.
+        let mut gone = Vec::new();
+        for (fid, dir, name) in found.nowhere {
+            if !self.may_stand(fid, dir, &name)? {
+                gone.push((fid, dir, name));
+            }
+        }
+        for (fid, dir, name) in gone {
             self.tree.index.remove(fid, dir, &name).map_err(TreeError::from)?;
+            if past.stopped_at == 0 {
+                found.changed.entry(dir).or_default();
+            }
         }
         if let Some((kept, mark)) = past.lost {
             let renew = |stamp: &mut Stamp| {
@@ -149,12 +175,24 @@ impl Volume {
                     renew(&mut meta.stamp);
                     renew(&mut meta.data);
                 });
-                unless_gone(renewed.map_err(VolumeError::from))?;
+                if_possible(&self.name, *fid, renewed.map_err(VolumeError::from))?;
             }
         }
         let mut changed = 0;
         for (fid, contents) in found.changed {
-            changed += u64::from(unless_gone(self.note_behind(fid, contents))?.is_some());
+            let noted = match self.note_behind(fid, contents) {
+                // of all of a large tree: the history before it may go
+                Err(VolumeError::NoRoom) => {
+                    self.save_nodes()?;
+                    self.log.trim(self.log.settled_through())?;
+                    self.note_behind(fid, contents)
+                }
+                noted => noted,
+            };
+            changed += u64::from(if_possible(&self.name, fid, noted)?.is_some());
+        }
+        if self.log.bytes() > self.history_len_max {
+            self.trim()?;
         }
         let ms = begun.elapsed().as_millis();
         let (name, versions) = (&self.name, found.relabel.len());
@@ -198,6 +236,19 @@ impl Volume {
         Ok(count)
     }
 
+    /// Whether an object that the walk did not come by stands at a place all the same: it is kept
+    /// for a conflict, or lies where nobody can look.
+    fn may_stand(&self, fid: Fid, dir: Fid, name: &Name) -> Result<bool> {
+        let meta = self.dir(dir).and_then(|dir| Ok(self.tree.meta(&dir, name)?));
+        match meta {
+            Ok(meta) => Ok(meta.is_some_and(|meta| meta.fid == fid)),
+            Err(VolumeError::Gone(_) | VolumeError::NotADir) => Ok(false),
+            Err(VolumeError::Tree(TreeError::BadMeta(_))) => Ok(false),
+            Err(VolumeError::Os(e)) => Ok(!matches!(e, Errno::NOENT | Errno::NOTDIR)),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Journals what somebody else has done to an object, as far as it can be seen.
     fn note_behind(&mut self, fid: Fid, contents: bool) -> Result<()> {
         let (dir, name) = hands::object_path(&self.tree, fid)?;
@@ -224,8 +275,8 @@ impl Volume {
             true => restamped(meta, 0, stamp),
             false => noted(meta, 0, stamp),
         });
-        let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Void };
-        self.log.settle(ticket, outcome);
+        // where it cannot be stamped, its clients are to hear of it all the same
+        self.log.settle(ticket, Outcome::Done);
         Ok(done?)
     }
 }
@@ -242,10 +293,18 @@ fn attributes(stat: &Stat) -> Change {
     }
 }
 
-fn unless_gone<T>(done: Result<T>) -> Result<Option<T>> {
+/// What is gone, or cannot be looked at or stamped, is passed over: one object does not keep all the
+/// others from being served.
+fn if_possible<T>(volume: &str, fid: Fid, done: Result<T>) -> Result<Option<T>> {
     match done {
         Ok(done) => Ok(Some(done)),
-        Err(VolumeError::Gone(_) | VolumeError::Os(Errno::NOENT)) => Ok(None),
+        Err(VolumeError::Gone(_) | VolumeError::NotADir | VolumeError::Os(Errno::NOENT)) => {
+            Ok(None)
+        }
+        Err(e @ (VolumeError::Os(_) | VolumeError::Tree(TreeError::BadMeta(_)))) => {
+            log::warn!("{volume}: object {fid}, changed while it was not served: {e}");
+            Ok(None)
+        }
         Err(e) => Err(e),
     }
 }

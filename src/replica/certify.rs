@@ -86,8 +86,9 @@ impl Seen {
 /// What certification asks of a tree.
 pub trait View {
     type Error;
-    /// The version that a record is based on; `None` when the server has lost it with its power: what
-    /// the record's author saw in it may be different from all that there ever was.
+    /// The version that a record is based on; `None` when the server never gave it, or has lost it, with
+    /// its power or by a backup that was put back: what the record's author saw in it may be different
+    /// from all that there ever was.
     fn known(&self, base: Stamp) -> Option<Stamp>;
     /// What stands at a place; a clash when its directory is not there.
     fn stands(&mut self, at: &Place) -> Result<Result<Option<Seen>, Clash>, Self::Error>;
@@ -395,7 +396,7 @@ impl View for Volume {
     type Error = VolumeError;
 
     fn known(&self, base: Stamp) -> Option<Stamp> {
-        (!self.lives.is_lost(base)).then_some(base)
+        (!self.lives.is_lost(base) && base <= self.stamp()).then_some(base)
     }
     fn stands(&mut self, at: &Place) -> volume::Result<Result<Option<Seen>, Clash>> {
         Ok(self.standing(at)?.map(|there| there.map(seen)))

@@ -152,13 +152,14 @@ impl Hands<'_> {
     }
     /// Gives the directories whose entries changed the stamp of the last change.
     pub fn flush_touched(&mut self) -> Result<()> {
+        let mut all = Ok(());
         for (fid, (node, stamp)) in std::mem::take(self.touched) {
             match self.tree.edit_meta(fid, |meta| restamped(meta, node, stamp)) {
                 Ok(()) | Err(TreeError::Gone(_)) => {} // it was removed later on
-                Err(e) => return Err(e.into()),
+                Err(e) => all = all.and(Err(e.into())),
             }
         }
-        Ok(())
+        all
     }
 }
 

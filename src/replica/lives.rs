@@ -15,7 +15,10 @@
 //! - A life's stamps are larger than all before it. After a power cut nobody knows how many were
 //!   given: by [`UNKNOWN_MAX`] larger, which is more than can be under way at a time.
 //! - After a backup was put back, the lives that it does not know have their stamps from times
-//!   before now. (A clock that was set back since then costs this, and no more than this.)
+//!   before now, or from beyond them: each power cut takes some two hours of stamps in advance. So a
+//!   stamp that is larger than all which this history gave is no version of it, and nothing that is
+//!   based on it is current (certify.rs). (A clock that was set back since then, or cuts in quick
+//!   succession, cost this: such a stamp may be given once more.)
 //! - A stamp that no record of this history has leads nowhere: its client is told that the history
 //!   does not reach back to it, and asks for everything anew.
 //! - After a power cut the new life begins with a noop that says that records are lost: whoever asks

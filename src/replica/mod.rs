@@ -39,7 +39,7 @@ pub mod resolve;
 pub mod settings;
 mod spool;
 mod swap;
-mod usage;
+pub mod usage;
 pub mod volume;
 
 pub mod compare;

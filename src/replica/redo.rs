@@ -6,6 +6,8 @@
 //! again, in order, each only where it is missing; contents are not here any more, so the client is
 //! asked for all of it again (none of it was acknowledged), and what is in the tree then is passed
 //! over. Doing all of this twice changes nothing.
+//! A backup that was taken while its volume was served is one of those, too: its files were not all
+//! copied at one time.
 //!
 //! What clients were shown of it is no version any more, whether its record is lost, its effect, or
 //! neither (lives.rs): the history goes on with a record that says so, objects of which the tree has
@@ -45,13 +47,15 @@ impl Volume {
                 Outcome::Void => continue,
                 Outcome::Done if !in_doubt => {
                     if !clean && !cred::is_root() {
-                        self.restore_loose(&entry)?;
+                        let restored = self.restore_loose(&entry);
+                        self.if_possible(&entry, restored)?;
                     }
                     true
                 }
                 _ => {
                     redone += 1;
-                    self.redo(&entry)?
+                    let redone = self.redo(&entry);
+                    self.if_possible(&entry, redone)?.unwrap_or(false) // it comes again
                 }
             };
             if let (Op::Store { fid, .. }, false) = (&entry.record.op, done) {
@@ -72,17 +76,31 @@ impl Volume {
         if redone > 0 {
             log::info!("{}: {redone} records of the last life were looked at again", self.name);
         }
-        self.flush_touched()?;
+        let flushed = self.flush_touched();
+        unless_refused(&self.name, flushed)?;
         for (fid, node) in half_written {
             self.label(fid, node)?;
         }
         Ok(cut.then(|| (self.lives.stamp(kept), self.lives.stamp(last.next()))))
     }
+    /// What cannot be looked at, or is damaged, is passed over: one object does not keep all the others
+    /// from being served.
+    fn if_possible<T>(&self, entry: &Entry, done: Result<T>) -> Result<Option<T>> {
+        match done {
+            Err(e @ (VolumeError::Os(_) | VolumeError::Tree(TreeError::BadMeta(_)))) => {
+                let path = entry.record.path.escape_ascii();
+                log::warn!("{}: record {}, of /{path}: {e}", self.name, entry.seq.0);
+                Ok(None)
+            }
+            done => done.map(Some),
+        }
+    }
     /// A file is not what anybody was told of it. Its author's record comes again, and fits.
     fn label(&mut self, fid: Fid, node: u32) -> Result<()> {
         let meta = match self.tree.find(fid) {
             Ok((_, _, meta)) => meta,
-            Err(TreeError::Gone(_)) => return Ok(()),
+            // what cannot be read is not shown to anybody
+            Err(TreeError::Gone(_) | TreeError::Os(_) | TreeError::BadMeta(_)) => return Ok(()),
             Err(e) => return Err(e.into()),
         };
         let (new, old) = (Change::default(), Change::default());
@@ -91,9 +109,9 @@ impl Volume {
         let record = Record { time_ns: clock_ns(), origin, uid: 0, gid: 0, path, op };
         let ticket = self.log.append(&record)?;
         let stamp = self.lives.stamp(ticket.seq);
-        self.tree.edit_meta(fid, |meta| restamped(meta, node, stamp))?;
+        let done = self.tree.edit_meta(fid, |meta| restamped(meta, node, stamp));
         self.log.settle(ticket, Outcome::Done);
-        Ok(())
+        unless_refused(&self.name, done.map_err(VolumeError::from))
     }
 
     /// Does a record once more, where it is missing; true if it stands in the tree now.
@@ -206,5 +224,16 @@ impl Volume {
             Err(TreeError::Os(Errno::NOENT)) => Ok(false),
             Err(e) => Err(e.into()),
         }
+    }
+}
+
+/// An object that takes no stamp.
+fn unless_refused(volume: &str, done: Result<()>) -> Result<()> {
+    match done {
+        Err(VolumeError::Os(e)) => {
+            log::warn!("{volume}: an object cannot be stamped: {e}");
+            Ok(())
+        }
+        done => done,
     }
 }

@@ -156,15 +156,6 @@ impl BookFile {
     pub fn load(&self) -> io::Result<Option<Book>> {
         load(&self.0, |book: &Book| book.version)
     }
-    /// The volume is served no more: nothing is promised in it. There may be none.
-    pub fn drop_book(&self) {
-        match std::fs::remove_file(&self.0) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                log::warn!("{}: {e}; remove it by hand", self.0.display());
-            }
-            _ => {}
-        }
-    }
     /// Durable on return: yes.
     ///
     /// # Errors
@@ -262,8 +253,7 @@ mod tests {
         assert!(book(vec![line, line]).oddity().is_some_and(|what| what.contains("twice")));
         let odd = Line { granted: (9, 9), returned: (9, 10), ..line };
         assert!(book(vec![odd]).oddity().is_some_and(|what| what.contains("gave back more")));
-        file.drop_book();
-        file.drop_book();
+        std::fs::remove_file(file.path()).unwrap();
         assert!(matches!(file.load(), Ok(None)));
     }
 

@@ -59,7 +59,8 @@ pub struct Facts {
     /// the tree, nanoseconds since 1970; 0: neither
     #[serde(default)]
     pub stopped_at: u64,
-    /// and when the root of that tree was made, as far as its file system says; 0: unknown
+    /// and when the root of the tree was made that was served last, as far as its file system says;
+    /// 0: unknown
     #[serde(default)]
     pub root_born: u64,
     /// of a served volume: which stamps its records have

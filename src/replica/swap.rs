@@ -8,31 +8,43 @@
 //! What was in the file goes where the contents were: so both together never take more room than
 //! they had (but for one piece, which the server's margin covers), and whatever fails on the way is
 //! undone by doing it once more. Then the file is what it was, and the contents are whole in the
-//! spool, to be kept aside. When the process dies in the middle, the spool is emptied, and the
+//! spool, to be kept aside; or that fails as well, and its caller hears that it is a mixture. When the process dies in the middle, the spool is emptied, and the
 //! client sends the contents again: none of it was acknowledged. Pure of records and names.
 
 use std::os::fd::OwnedFd;
 
 use super::tree::TreeError;
-use super::volume::{Result, VolumeError};
+use super::volume::{self, VolumeError};
 use crate::kml::record::Range;
 use crate::sys::{Errno, crash, fs};
 
 /// Both pieces are in memory while they change places, bytes.
 const PIECE_LEN: u64 = 1 << 20;
 
+/// A step failed, and both files are as they were; or the first one is a mixture now.
+enum Fault {
+    Undone(Errno),
+    Mixed(Errno),
+}
+
+impl From<Errno> for Fault {
+    fn from(e: Errno) -> Fault {
+        Fault::Undone(e)
+    }
+}
+
 /// Puts these ranges of `from` into `to` (open for reading and writing, both), and finishes. What
-/// lies beyond the end of `from` is left out: the file has become shorter since. Durable on
-/// return: no.
+/// lies beyond the end of `from` is left out: the file has become shorter since. `finish` cuts
+/// nothing off when it fails. Durable on return: no.
 ///
 /// # Errors
-/// What failed; then both files are as they were, or it is one that is tried again (EIO).
+/// What failed, and both files are as they were; or `Mixed`.
 pub(super) fn in_place(
     from: &OwnedFd,
     to: &OwnedFd,
     ranges: &[Range],
-    finish: impl FnOnce() -> Result<()>,
-) -> Result<()> {
+    finish: impl FnOnce() -> volume::Result<()>,
+) -> volume::Result<()> {
     let was_len = fs::fstat(to)?.size;
     let mut done: Vec<Range> = Vec::new();
     let swapped = swap_all(from, to, ranges, |piece| {
@@ -42,20 +54,27 @@ pub(super) fn in_place(
             _ => done.push(piece),
         }
     });
-    let e = match swapped.map_err(|e| TreeError::from(e).into()).and_then(|()| finish()) {
+    let finished = match swapped {
+        Ok(()) => finish(),
+        Err(Fault::Undone(e)) => Err(TreeError::from(e).into()),
+        Err(Fault::Mixed(e)) => return Err(VolumeError::Mixed(e)),
+    };
+    let e = match finished {
         Ok(()) => return Ok(()),
+        Err(e @ VolumeError::Mixed(_)) => return Err(e),
         Err(e) => e,
     };
     let cut = || match fs::fstat(to)?.size == was_len {
         true => Ok(()),
         false => fs::truncate(to, was_len),
     };
-    let undone = swap_all(from, to, &done, |_| ()).and_then(|()| cut());
-    match undone {
-        Ok(()) => Err(e),
-        Err(again) => {
-            log::error!("a store failed ({e}), and what it replaced cannot be put back: {again}");
-            Err(VolumeError::Os(Errno::IO))
+    let mut left: u64 = done.iter().map(|piece| piece.len).sum();
+    match swap_all(from, to, &done, |piece| left -= piece.len).and_then(|()| Ok(cut()?)) {
+        Ok(()) if left == 0 => Err(e),
+        Ok(()) => Err(VolumeError::Mixed(Errno::IO)), // the contents have lost their end
+        Err(Fault::Undone(again) | Fault::Mixed(again)) => {
+            log::error!("a store failed: {e}");
+            Err(VolumeError::Mixed(again))
         }
     }
 }
@@ -65,7 +84,7 @@ fn swap_all(
     to: &OwnedFd,
     ranges: &[Range],
     mut done: impl FnMut(Range),
-) -> fs::Result<()> {
+) -> Result<(), Fault> {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for range in ranges {
         let mut into = 0;
@@ -88,20 +107,26 @@ fn swap_all(
 }
 
 /// Changes a piece of both; after a failure both are as before, if that can be.
-fn swap(from: &OwnedFd, to: &OwnedFd, (ours, theirs): (&[u8], &[u8]), at: u64) -> fs::Result<()> {
+fn swap(
+    from: &OwnedFd,
+    to: &OwnedFd,
+    (ours, theirs): (&[u8], &[u8]),
+    at: u64,
+) -> Result<(), Fault> {
     if ours == theirs {
         return Ok(());
     }
     let done = fs::pwrite_punching(to, ours, at);
-    let done = done.and_then(|()| fs::pwrite_punching(from, theirs, at));
-    if done.is_err() {
-        fs::pwrite_punching(to, theirs, at)?;
-        fs::pwrite_punching(from, ours, at).or_else(|e| match read_is(from, ours, at) {
+    let Err(e) = done.and_then(|()| fs::pwrite_punching(from, theirs, at)) else { return Ok(()) };
+    let put_back = |fd: &OwnedFd, bytes: &[u8]| {
+        fs::pwrite_punching(fd, bytes, at).or_else(|e| match read_is(fd, bytes, at) {
             true => Ok(()), // it was not changed
-            false => Err(e),
-        })?;
-    }
-    done
+            false => Err(Fault::Mixed(e)),
+        })
+    };
+    put_back(to, theirs)?;
+    put_back(from, ours)?;
+    Err(e.into())
 }
 
 /// Reads until the buffer is full or the file ends.
@@ -119,8 +144,8 @@ fn read(fd: &OwnedFd, into: &mut [u8], at: u64) -> fs::Result<usize> {
 }
 
 fn read_is(fd: &OwnedFd, bytes: &[u8], at: u64) -> bool {
-    let mut there = vec![0; bytes.len()];
-    read(fd, &mut there, at) == Ok(bytes.len()) && there == bytes
+    let mut there = vec![0; bytes.len()]; // zeros beyond the end
+    read(fd, &mut there, at).is_ok() && there == bytes
 }
 
 #[cfg(test)]
@@ -216,5 +241,19 @@ mod tests {
         }
         in_place(&from, &to, &range, || Ok(())).unwrap();
         assert!(rig.read().1 != old);
+    }
+
+    #[test]
+    fn what_cannot_be_put_back_is_told_apart() {
+        let rig = Rig::new(&[1; 10], &[2; 10]);
+        let (from, to) = rig.both();
+        // it cannot be read, nor written any more, when it is undone
+        let range = [Range { at: 0, len: 10 }];
+        let finish = || {
+            fs::truncate(&from, 0).unwrap();
+            Err(VolumeError::NoRoom)
+        };
+        let failed = in_place(&from, &to, &range, finish);
+        assert!(matches!(failed, Err(VolumeError::Mixed(_))), "{failed:?}");
     }
 }

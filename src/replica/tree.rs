@@ -490,9 +490,23 @@ impl Tree {
             return Ok(false);
         }
         log::info!("the index of names is not certain: walking the tree");
-        let mut dirs = vec![self.root.clone()];
-        while let Some(dir) = dirs.pop() {
-            for entry in fs::read_dir(&*dir)? {
+        let mut steps: Vec<(Arc<Dir>, Option<Name>)> = vec![(self.root.clone(), None)];
+        while let Some((parent, name)) = steps.pop() {
+            let opened = name.as_ref().map_or(Ok(parent.clone()), |it| self.open_dir(&parent, it));
+            let read = opened.and_then(|dir| Ok((fs::read_dir(&*dir)?, dir)));
+            let (entries, dir) = match read {
+                Ok(read) => read,
+                Err(TreeError::Os(e @ (Errno::MFILE | Errno::NFILE | Errno::NOMEM))) => {
+                    return Err(e.into());
+                }
+                // what stands there cannot be reached anyway
+                Err(e) if name.is_some() => {
+                    log::warn!("a directory in /{}: {e}", self.path(&parent).escape_ascii());
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            for entry in entries {
                 let Ok(name) = Name::new(&entry.name) else { continue };
                 // what is kept for conflicts is found by its fid, too
                 if dir.fid == ROOT && name.as_bytes() == OWN_NAME {
@@ -500,8 +514,9 @@ impl Tree {
                 }
                 let Ok(Some(meta)) = self.meta(&dir, &name) else { continue };
                 self.index.add(meta.fid, dir.fid, &name)?;
-                if fs::stat(&*dir, name.as_bytes())?.kind() == fs::Kind::Dir {
-                    dirs.push(self.open_dir(&dir, &name)?);
+                let stat = fs::stat(&*dir, name.as_bytes());
+                if stat.is_ok_and(|stat| stat.kind() == fs::Kind::Dir) {
+                    steps.push((dir.clone(), Some(name)));
                 }
             }
         }

@@ -2,12 +2,15 @@
 //!
 //! Aside stay what the next records of the journal take (all of its next segment, as this one
 //! fills), and a margin for the index, the tables and contents that are being put in place. What the
-//! files take is counted only where somebody wants to know, which is for a quota: by a walk first,
-//! then by what each record changes (apply.rs).
+//! files take is counted only where somebody wants to know, which is for a quota: by a walk first, on
+//! another thread while the volume is served, then by what each record changes (apply.rs).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use super::room::{Book, Line, Pair};
+use super::settings::Quota;
 use super::tree::is_own;
 use super::volume::{Result, Volume};
 use crate::kml::record::{Fid, Name, Op, ROOT};
@@ -54,59 +57,65 @@ impl Volume {
     pub fn keep_book(&self, epoch_next: u64, nodes: Vec<Line>) -> std::io::Result<()> {
         self.book.keep(epoch_next, nodes)
     }
-    /// It is served no more, and nobody holds anything of it.
-    pub fn drop_book(&self) {
-        self.book.drop_book();
-    }
 
-    /// Bytes and files that the volume's files take; zero while nobody wants to know.
+    /// Bytes and files that the volume's files take; zero while that is not known.
     pub fn usage(&self) -> Pair {
-        self.usage.unwrap_or_default()
+        match &self.usage {
+            Usage::Known(pair) => *pair,
+            _ => (0, 0),
+        }
     }
-    /// From now on what the files take is known, or not any more. Walks the tree, the first time.
+    /// Whether a job counts.
+    pub fn is_counting(&self) -> bool {
+        matches!(self.usage, Usage::Counting(_))
+    }
+    /// From now on it is to be known what the files take, or not any more. `Some`: a job for another
+    /// thread, whose end [`Volume::counted`] is to be told.
+    ///
+    /// # Errors
+    /// The tree cannot be read.
+    pub fn count_usage(&mut self, wanted: bool) -> Result<Option<CountJob>> {
+        match (wanted, &self.usage) {
+            (false, Usage::Known(_)) => self.usage = Usage::Unwanted,
+            (true, Usage::Unwanted) => {
+                let root = fs::open(&**self.tree.root(), b".", fs::o::DIRECTORY, 0)?;
+                self.usage = Usage::Counting(HashMap::new());
+                return Ok(Some(CountJob { root }));
+            }
+            _ => {}
+        }
+        Ok(None)
+    }
+    /// The same at once, if the volume has a limit.
     ///
     /// # Errors
     /// A directory that cannot be read.
-    pub fn count_usage(&mut self, wanted: bool) -> Result<()> {
-        self.usage = match (wanted, self.usage) {
-            (false, _) => None,
-            (true, Some(known)) => Some(known),
-            (true, None) => Some(self.walk_usage()?),
-        };
+    pub fn count_for_limit(&mut self) -> Result<()> {
+        match self.count_usage(self.settings().quota != Quota::default())? {
+            Some(job) => self.counted(job.run()),
+            None => Ok(()),
+        }
+    }
+    /// A job has come to its end.
+    ///
+    /// # Errors
+    /// The job's; then it is not known.
+    pub fn counted(&mut self, walked: Result<Counted>) -> Result<()> {
+        let Usage::Counting(since) = std::mem::take(&mut self.usage) else { return Ok(()) };
+        let mut files = walked?.0;
+        for (ino, now) in since {
+            match now {
+                Some(len) => _ = files.insert(ino, len),
+                None => _ = files.remove(&ino),
+            }
+        }
+        self.usage = Usage::Known((files.values().sum(), files.len() as u64));
         Ok(())
     }
-    fn walk_usage(&self) -> Result<Pair> {
-        let (mut sum, mut linked) = ((0, 0), BTreeSet::new());
-        let mut dirs = vec![fs::open(&**self.tree.root(), b".", fs::o::DIRECTORY, 0)?];
-        let mut is_root = true;
-        while let Some(dir) = dirs.pop() {
-            for entry in fs::read_dir(&dir)? {
-                if is_root && is_own(&entry.name) {
-                    continue;
-                }
-                let stat = match fs::stat(&dir, &entry.name) {
-                    Ok(stat) => stat,
-                    Err(Errno::NOENT) => continue,
-                    Err(e) => return Err(e.into()),
-                };
-                let is_dir = stat.kind() == Kind::Dir;
-                if !is_dir && stat.nlink > 1 && !linked.insert(stat.ino) {
-                    continue;
-                }
-                sum = (sum.0 + stat.blocks * 512, sum.1 + 1);
-                if is_dir {
-                    let flags = fs::o::DIRECTORY | fs::o::NOFOLLOW;
-                    dirs.push(fs::open(&dir, &entry.name, flags, 0)?);
-                }
-            }
-            is_root = false;
-        }
-        Ok(sum)
-    }
-    /// What the objects that a record touches take now; nothing while nobody wants to know.
-    pub(super) fn weigh(&self, op: &Op) -> Pair {
-        if self.usage.is_none() {
-            return (0, 0);
+    /// What the objects that a record touches take now, by inode; nothing while nobody wants to know.
+    pub(super) fn weigh(&self, op: &Op) -> Vec<(u64, u64)> {
+        if matches!(self.usage, Usage::Unwanted) {
+            return Vec::new();
         }
         let touched: BTreeSet<Fid> = op.touched().filter(|fid| *fid != ROOT).collect();
         let stat = |fid: Fid| {
@@ -114,14 +123,79 @@ impl Volume {
             fs::stat(&*dir, name.as_bytes()).ok()
         };
         let found = touched.into_iter().filter_map(stat);
-        found.fold((0, 0), |sum, stat| (sum.0 + stat.blocks * 512, sum.1 + 1))
+        found.map(|stat| (stat.ino, stat.blocks * 512)).collect()
     }
     /// They took `before`, and take `after`.
-    pub(super) fn note_usage(&mut self, before: Pair, after: Pair) {
-        if let Some(usage) = &mut self.usage {
-            usage.0 = (usage.0 + after.0).saturating_sub(before.0);
-            usage.1 = (usage.1 + after.1).saturating_sub(before.1);
+    pub(super) fn note_usage(&mut self, before: Vec<(u64, u64)>, after: Vec<(u64, u64)>) {
+        let sum = |of: &[(u64, u64)]| (of.iter().map(|it| it.1).sum::<u64>(), of.len() as u64);
+        match &mut self.usage {
+            Usage::Unwanted => {}
+            Usage::Counting(since) => {
+                since.extend(before.into_iter().map(|(ino, _)| (ino, None)));
+                since.extend(after.into_iter().map(|(ino, len)| (ino, Some(len))));
+            }
+            Usage::Known(usage) => {
+                let (before, after) = (sum(&before), sum(&after));
+                usage.0 = (usage.0 + after.0).saturating_sub(before.0);
+                usage.1 = (usage.1 + after.1).saturating_sub(before.1);
+            }
         }
+    }
+}
+
+/// What a volume's files take, as far as somebody wants to know.
+#[derive(Default)]
+pub(super) enum Usage {
+    #[default]
+    Unwanted,
+    /// A job counts. By inode: what was changed since it began, and what it takes now, if it is there.
+    Counting(HashMap<u64, Option<u64>>),
+    Known(Pair),
+}
+
+/// A count of a volume's files, for another thread to carry out. Memory: some 40 bytes a file.
+pub struct CountJob {
+    root: OwnedFd,
+}
+
+/// Bytes that each file takes, by inode.
+pub struct Counted(HashMap<u64, u64>);
+
+impl CountJob {
+    /// Walks the tree, with one directory open a level.
+    ///
+    /// # Errors
+    /// A directory that cannot be read.
+    pub fn run(self) -> Result<Counted> {
+        let mut files = HashMap::new();
+        let mut steps: Vec<(Arc<OwnedFd>, Option<Vec<u8>>)> = vec![(Arc::new(self.root), None)];
+        while let Some((parent, name)) = steps.pop() {
+            let is_root = name.is_none();
+            let dir = match name {
+                None => parent,
+                Some(name) => {
+                    let flags = fs::o::DIRECTORY | fs::o::NOFOLLOW;
+                    match fs::open(&*parent, &name, flags, 0) {
+                        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
+                        opened => Arc::new(opened?),
+                    }
+                }
+            };
+            for entry in fs::read_dir(&*dir)? {
+                if is_root && is_own(&entry.name) {
+                    continue;
+                }
+                let stat = match fs::stat(&*dir, &entry.name) {
+                    Err(Errno::NOENT) => continue,
+                    stat => stat?,
+                };
+                files.insert(stat.ino, stat.blocks * 512);
+                if stat.kind() == Kind::Dir {
+                    steps.push((dir.clone(), Some(entry.name)));
+                }
+            }
+        }
+        Ok(Counted(files))
     }
 }
 

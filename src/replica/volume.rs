@@ -29,7 +29,7 @@ use super::meta::Meta;
 use super::nodes::Nodes;
 use super::ops::attr_of;
 use super::power::clock_ns;
-use super::room::{BookFile, Pair};
+use super::room::BookFile;
 use super::settings::name_at_start;
 use super::spool::Spool;
 use super::state::{Facts, State, StateError, random};
@@ -74,6 +74,8 @@ pub enum VolumeError {
     NotADir,
     #[error("there is no room left")]
     NoRoom,
+    #[error("it is half written, and what was there cannot be put back: {0}")]
+    Mixed(Errno),
     #[error("{path}: no such directory")]
     Missing { path: PathBuf },
     #[error("there is no conflict {id}; imz conflicts list says which there are")]
@@ -169,11 +171,13 @@ pub struct Volume {
     /// the file system's number
     pub(super) disk: u64,
     /// what the files take, where somebody wants to know
-    pub(super) usage: Option<Pair>,
-    history_len_max: u64,
+    pub(super) usage: usage::Usage,
+    pub(super) history_len_max: u64,
     /// the life before ended with the power: versions that may be lost became this one, and the
     /// tree may show more than the journal tells
     pub(super) mark: Option<Stamp>,
+    /// and what its clients had journaled when they first came to this life
+    pub(super) brought: HashMap<u32, Seq>,
     /// directories whose entries were changed, by whom and at which stamp: set once a batch
     pub(super) touched: HashMap<Fid, (u32, Stamp)>,
     pub(super) kept: Kept,
@@ -264,7 +268,10 @@ impl Volume {
         let options = Options { segment_len: usage::segment_len(disk_len) };
         let log = Log::open_or_create(&state_dir.join("kml"), 0, incarnation, options)?;
         let nodes = Nodes::open(state_dir)?;
-        let cut = !facts.clean && !nodes.same_boot();
+        let born = born(dir);
+        let is_copy = ![0, born].contains(&facts.root_born);
+        // a copy of a tree that was served at the time has only a part of what its journal says
+        let cut = !facts.clean && (is_copy || !nodes.same_boot());
         let mut lives = Lives::of(&facts.lives);
         if !is_new {
             lives.begin(log.last(), cut, log.first());
@@ -284,9 +291,10 @@ impl Volume {
             live: Live::of(state_dir),
             book: BookFile::of(state_dir),
             disk: std::fs::metadata(dir).map_err(|_| Errno::IO)?.dev(),
-            usage: None,
+            usage: usage::Usage::Unwanted,
             history_len_max: usage::history_len(disk_len, HISTORY_LEN_MAX),
             mark: None,
+            brought: HashMap::new(),
             touched: HashMap::new(),
             kept: Kept::default(),
             syncing: Vec::new(),
@@ -295,11 +303,10 @@ impl Volume {
         let lost = volume.recover(facts.clean, cut)?;
         volume.mark = lost.map(|(_, mark)| mark);
         if !is_new {
-            let is_copy = ![0, born(dir)].contains(&facts.root_born);
             let stopped_at = facts.stopped_at;
             volume.look_behind(&Past { stopped_at, root_ctime, is_copy, lost })?;
-            volume.state.edit(|facts| facts.stopped_at = 0)?;
         }
+        volume.state.edit(|facts| (facts.stopped_at, facts.root_born) = (0, born))?;
         volume.find_conflicts()?;
         volume.save_nodes()?;
         log::info!("{}: volume {name} at stamp {}", dir.display(), volume.stamp().0);
@@ -350,6 +357,12 @@ impl Volume {
     pub fn meet(&mut self, incarnation: [u8; 16], claimed: u32, host: &str) -> Result<(u32, Seq)> {
         Ok(self.nodes.meet(u128::from_be_bytes(incarnation), claimed, host)?)
     }
+    /// The client comes, with records up to `newest` in its journal.
+    pub fn brings(&mut self, node: u32, newest: Seq) {
+        if self.mark.is_some() {
+            self.brought.entry(node).or_insert(newest);
+        }
+    }
     /// The newest record of the client that the journal names, durably or not.
     pub fn newest_of(&self, node: u32) -> Seq {
         self.nodes.seen(node).max(self.nodes.last(node))
@@ -377,7 +390,7 @@ impl Volume {
             log::warn!("{}: the history cannot be cut: {e}", self.dir.display());
         }
     }
-    fn trim(&mut self) -> Result<()> {
+    pub(super) fn trim(&mut self) -> Result<()> {
         let (first, last) = (self.log.first().0, self.log.settled_through().0);
         self.save_nodes()?;
         Ok(self.log.trim(Seq(first + (last - first) / 2))?)

@@ -675,8 +675,9 @@ impl View for Volume {
     type Error = std::convert::Infallible;
 
     fn known(&self, base: Stamp) -> Option<Stamp> {
-        let entry = base.0.checked_sub(1).and_then(|nth| self.log.get(nth as usize));
-        (!entry.is_some_and(|entry| entry.loss == Loss::Gone)).then_some(base)
+        let Some(nth) = base.0.checked_sub(1) else { return Some(base) };
+        let entry = self.log.get(nth as usize)?;
+        (entry.loss != Loss::Gone).then_some(base)
     }
     fn stands(&mut self, at: &Place) -> Result<Result<Option<certify::Seen>, Clash>, Self::Error> {
         Ok(match self.tree.get(at.dir) {

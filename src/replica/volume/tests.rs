@@ -3,6 +3,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use super::super::apply::{Applied, Content, Incoming};
+use super::super::certify::View;
 use super::*;
 use crate::kml::record::{
     Change, Gone, Op, Origin, Over, Place, Range, Record, Seq, TARGET_LEN_MAX,
@@ -321,6 +322,27 @@ fn spooled_contents_take_their_place() {
     assert!(out.conflicts.is_empty() && out.failure.is_none());
 }
 
+/// The second piece lies where the file system has no place for it.
+#[test]
+fn a_store_that_ends_in_the_middle_leaves_no_mixture() {
+    for before in ["old text", ""] {
+        let mut rig = rig();
+        rig.ok(1, create(ROOT, "f", f(1, 1)));
+        rig.store(1, f(1, 1), Stamp(0), before.as_bytes());
+        let old = rig.stamp(f(1, 1));
+        let (mtime, fid, far) = (Default::default(), f(1, 1), (i64::MAX as u64) - 9);
+        let ranges = vec![Range { at: 0, len: 4 }, Range { at: far, len: 4 }];
+        let op = Op::Store { fid, base: old, size: far + 4, mtime, ranges, old_size: 8 };
+        let out = rig.with(1, op, Content::Inline(b"new!new!"));
+        if out.failure.is_none() && out.conflicts.is_empty() {
+            eprintln!("skipped: the file system takes files of any length");
+            return;
+        }
+        assert_eq!((rig.read("f"), rig.stamp(fid)), (before.to_owned(), old));
+        assert_eq!(std::fs::read_dir(rig.path(".imz/spool")).unwrap().count(), 1, "the lock");
+    }
+}
+
 #[test]
 fn a_record_is_applied_once() {
     let mut rig = rig();
@@ -432,6 +454,35 @@ fn a_taken_name_keeps_the_other_object_aside_with_all_that_follows() {
     assert!(!out.conflicts.is_empty());
     assert_eq!(rig.read(".imz-conflicts/2-5/kept/f"), "third");
     assert_eq!(rig.names(), ["f"]);
+}
+
+/// The look at the tree passes over what is kept, and must not take it for gone.
+#[test]
+fn what_is_kept_aside_is_found_by_the_next_life_as_well() {
+    for is_clean in [true, false] {
+        let mut rig = rig();
+        rig.ok(1, create(ROOT, "f", f(1, 1)));
+        rig.store(1, f(1, 1), Stamp(0), b"of one");
+        rig.ok(1, create(ROOT, "d", f(1, 2)));
+        rig.with(2, create(ROOT, "f", f(2, 1)), Content::None);
+        rig.with(2, mkdir(ROOT, "d", f(2, 2)), Content::None);
+        let known = rig.v().stamp();
+        match is_clean {
+            true => rig.volume.take().unwrap().close().unwrap(),
+            false => rig.kill(),
+        }
+        rig.open();
+        assert_eq!(rig.v().since(known, 1).unwrap().fids, []);
+        let out = rig.store(2, f(2, 1), Stamp(0), b"of two");
+        assert_eq!((out.conflicts, rig.v().conflicts()), (vec![], 2));
+        assert_eq!(rig.read(".imz-conflicts/2-1/kept/f"), "of two");
+        rig.ok(2, create(f(2, 2), "in it", f(2, 3)));
+        // the client takes its versions away again, and there is no conflict any more
+        rig.ok(2, unlink(f(2, 2), "in it", f(2, 3), Stamp(0)));
+        rig.ok(2, Op::Rmdir { at: at(ROOT, "d"), gone: gone(f(2, 2), Stamp(0)) });
+        rig.ok(2, unlink(ROOT, "f", f(2, 1), Stamp(0)));
+        assert_eq!(rig.v().conflicts(), 0, "clean: {is_clean}");
+    }
 }
 
 #[test]
@@ -659,6 +710,24 @@ fn what_the_power_took_is_done_again() {
     assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(4));
 }
 
+/// One object that was damaged does not keep the others from being served.
+#[test]
+fn what_is_damaged_by_a_power_cut_is_passed_over() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.v().sync_job().run().unwrap();
+    rig.v().synced();
+    rig.store(1, f(1, 1), Stamp(0), b"text");
+    rig.ok(1, create(ROOT, "g", f(1, 2)));
+    rig.kill();
+    rig.another_boot();
+    let file = std::fs::File::open(rig.path("f")).unwrap();
+    fs::xattr::set(file, b"", super::super::compare::own_key(), b"rubbish", 0).unwrap();
+    rig.open();
+    assert_eq!(rig.names(), ["f", "g"]);
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(1), "they come again");
+}
+
 /// A client was shown a version, and with the power went its record alone, or its effect as well.
 #[test]
 fn a_stamp_that_was_lost_is_never_given_again() {
@@ -701,6 +770,67 @@ fn a_stamp_that_was_lost_is_never_given_again() {
         assert_eq!((again.lost, again.fids, again.upto), (false, vec![], now));
         assert!(rig.v().since(shown, 2).unwrap().lost);
     }
+}
+
+/// Its journal is ahead of its tree, and the machine was not started anew since.
+#[test]
+fn what_a_backup_of_a_running_server_lacks_is_done_again() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.v().sync_job().run().unwrap();
+    rig.v().synced();
+    rig.copy("", false);
+    rig.ok(1, create(ROOT, "g", f(1, 2)));
+    rig.ok(1, rename("f", "h", f(1, 1), FREE));
+    let kml = rig.at.path().join("aside/.imz/kml");
+    std::fs::remove_dir_all(&kml).unwrap();
+    copy_all(&rig.path(".imz/kml"), &kml);
+    rig.kill();
+    rig.copy("", true);
+    rig.open();
+    assert_eq!(rig.names(), ["g", "h"]);
+    assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(1), "the rest may come again");
+    rig.seqs.insert(1, 1);
+    rig.ok(1, create(ROOT, "g", f(1, 2)));
+    rig.ok(1, rename("f", "h", f(1, 1), FREE));
+    // the next start, of the same tree, is one like any other
+    let known = rig.v().stamp();
+    rig.kill();
+    rig.open();
+    assert!(!rig.v().since(known, 2).unwrap().lost);
+}
+
+/// A power cut sets stamps aside, so that those of a life that a backup does not know may lie in the
+/// future of the life that is restored from it.
+#[test]
+fn a_version_that_was_never_given_is_not_the_current_one() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "f", f(1, 1)));
+    rig.store(1, f(1, 1), Stamp(0), b"old!");
+    rig.v().sync_job().run().unwrap();
+    rig.copy("", false);
+    for _ in 0..2 {
+        rig.kill();
+        rig.another_boot();
+        rig.open();
+    }
+    let old = rig.stamp(f(1, 1));
+    rig.store(2, f(1, 1), old, b"lost");
+    let lost = rig.stamp(f(1, 1));
+    rig.kill();
+    rig.copy("", true);
+    rig.open();
+    assert!(lost > rig.v().stamp(), "else this tests nothing");
+    let now = rig.stamp(f(1, 1));
+    rig.seqs.insert(1, 2);
+    assert_eq!(rig.store(1, f(1, 1), now, b"mine").conflicts, []);
+    rig.seqs.insert(2, 0);
+    for base in [lost, Stamp(u64::MAX)] {
+        let out = rig.store(2, f(1, 1), base, b"late");
+        assert_eq!((out.conflicts, rig.read("f")), (vec![f(1, 1)], "mine".to_owned()));
+    }
+    let stamp = rig.v().stamp();
+    assert_eq!((rig.v().known(stamp), rig.v().known(Stamp(stamp.0 + 1))), (Some(stamp), None));
 }
 
 /// The tree kept what the journal lost: what comes again is done, or was done and is over; the
@@ -763,6 +893,7 @@ fn what_outlived_its_records_is_no_conflict_with_them() {
     rig.another_boot();
     rig.open();
     assert_eq!(rig.v().meet([1; 16], 0, "h").unwrap().1, Seq(2));
+    rig.v().brings(1, Seq(8));
     rig.seqs.insert(1, 2);
     ops.iter().for_each(|op| rig.ok(1, op.clone()));
     assert_eq!(rig.names(), ["e", "g", "o", "o2"]);
@@ -773,6 +904,30 @@ fn what_outlived_its_records_is_no_conflict_with_them() {
     rig.open();
     let out = rig.with(1, rename("e", "h", f(1, 1), FREE), Content::None);
     assert!(!out.conflicts.is_empty());
+}
+
+/// What a client does after the cut is certified like any other's, however long that was ago.
+#[test]
+fn what_comes_after_the_power_cut_outlives_nothing() {
+    let mut rig = rig();
+    rig.ok(1, create(ROOT, "a", f(1, 1)));
+    rig.v().sync_job().run().unwrap();
+    rig.v().synced();
+    rig.copy(".imz/kml", false);
+    rig.ok(1, create(ROOT, "b", f(1, 2)));
+    rig.kill();
+    rig.copy(".imz/kml", true);
+    rig.another_boot();
+    rig.open();
+    rig.v().brings(1, Seq(2));
+    rig.v().brings(1, Seq(9)); // when it came once more
+    rig.seqs.insert(1, 1);
+    rig.ok(1, create(ROOT, "b", f(1, 2)));
+    rig.ok(2, rename("a", "c", f(1, 1), FREE));
+    let base = rig.stamp(f(1, 2));
+    let over = Over::Replaced(gone(f(1, 2), base));
+    let out = rig.with(1, rename("a", "b", f(1, 1), over), Content::None);
+    assert_eq!((out.conflicts.is_empty(), rig.v().conflicts()), (false, 1));
 }
 
 /// Killed in the midst of a store: who has the version before it must not believe that it has what
@@ -846,13 +1001,64 @@ fn what_the_file_system_refuses_is_a_conflict_and_no_stop() {
     assert_eq!(rig.names(), ["d", "long", "next"]);
 }
 
+fn count(rig: &mut Rig) {
+    let job = rig.v().count_usage(true).unwrap().unwrap();
+    rig.v().counted(job.run()).unwrap();
+    assert!(rig.v().count_usage(true).unwrap().is_none());
+}
+
+/// A walk that came by these before, or after.
+#[test]
+fn what_changes_while_it_is_counted_counts_once() {
+    for walked_first in [true, false] {
+        let mut rig = rig();
+        for (n, name) in ["stays", "grows", "goes"].into_iter().enumerate() {
+            rig.ok(1, create(ROOT, name, f(1, 1 + n as u64)));
+            rig.store(1, f(1, 1 + n as u64), Stamp(0), &[7; 9_000]);
+        }
+        let job = rig.v().count_usage(true).unwrap().unwrap();
+        assert!(rig.v().count_usage(true).unwrap().is_none() && rig.v().is_counting());
+        let (before, job) = match walked_first {
+            true => (Some(job.run()), None),
+            false => (None, Some(job)),
+        };
+        rig.store(1, f(1, 2), Stamp(0), &[7; 90_000]);
+        let base = rig.stamp(f(1, 3));
+        rig.ok(1, unlink(ROOT, "goes", f(1, 3), base));
+        rig.ok(1, create(ROOT, "comes", f(1, 4)));
+        assert_eq!(rig.v().usage(), (0, 0));
+        let walked = before.unwrap_or_else(|| job.unwrap().run());
+        rig.v().counted(walked).unwrap();
+        let counted = rig.v().usage();
+        rig.v().count_usage(false).unwrap();
+        count(&mut rig);
+        assert_eq!((rig.v().usage(), counted.1), (counted, 3), "{walked_first}");
+    }
+}
+
+/// More of them than the process may have open.
+#[test]
+fn a_directory_with_many_subdirectories_is_counted() {
+    let mut rig = rig();
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let limit: u64 = line.split_whitespace().next().unwrap().parse().unwrap();
+    if limit > 20_000 {
+        eprintln!("skipped: {limit} files may be open");
+        return;
+    }
+    (0..limit + 10).for_each(|n| std::fs::create_dir(rig.path(&n.to_string())).unwrap());
+    count(&mut rig);
+    assert_eq!(rig.v().usage().1, limit + 10);
+}
+
 #[test]
 fn what_files_take_is_counted_as_a_walk_counts_it() {
     let mut rig = rig();
     let (f, g, d) = (Fid::new(1, 1), Fid::new(1, 2), Fid::new(1, 3));
     rig.ok(1, create(ROOT, "before", f));
     assert_eq!(rig.v().usage(), (0, 0), "nobody wants to know");
-    rig.v().count_usage(true).unwrap();
+    count(&mut rig);
     assert_eq!(rig.v().usage().1, 1);
     rig.ok(1, mkdir(ROOT, "d", d));
     rig.ok(1, create(d, "g", g));
@@ -872,7 +1078,7 @@ fn what_files_take_is_counted_as_a_walk_counts_it() {
     rig.store(1, f, Stamp(0), &[7; 90_000]);
     let counted = rig.v().usage();
     rig.v().count_usage(false).unwrap();
-    rig.v().count_usage(true).unwrap();
+    count(&mut rig);
     assert_eq!(rig.v().usage(), counted, "as a walk counts it");
     let base = rig.stamp(g);
     rig.ok(1, unlink(ROOT, "again", g, base));
@@ -956,6 +1162,41 @@ fn what_was_done_while_nobody_served_is_journaled() {
     behind(&mut rig, |rig| std::fs::write(rig.path("h"), b"by hand").unwrap());
     let out = rig.store(2, f(1, 4), base, b"late");
     assert_eq!((out.conflicts, rig.read("h")), (vec![f(1, 4)], "by hand".to_owned()));
+}
+
+/// The walk comes by the original first, or by the copy.
+#[test]
+fn a_copy_with_its_attribute_is_no_change_of_the_original() {
+    for (from, to) in [("f", "d/copy"), ("d/g", "copy")] {
+        for is_clean in [true, false] {
+            let mut rig = rig();
+            rig.ok(1, mkdir(ROOT, "d", f(1, 1)));
+            rig.ok(1, create(ROOT, "f", f(1, 2)));
+            rig.ok(1, create(f(1, 1), "g", f(1, 3)));
+            let known = rig.v().stamp();
+            let copy = |rig: &Rig| copy_all(&rig.path(from), &rig.path(to));
+            let found = match is_clean {
+                true => behind(&mut rig, copy),
+                false => {
+                    rig.kill();
+                    copy(&rig);
+                    rig.open();
+                    rig.v().since(known, 2).unwrap().fids
+                }
+            };
+            let dir = if to == "copy" { ROOT } else { f(1, 1) };
+            let want = if is_clean || dir == f(1, 1) { vec![dir] } else { vec![ROOT, f(1, 1)] };
+            assert_eq!(found, want, "{to}, clean: {is_clean}");
+            // both of them changed: that is one of the original
+            let found = behind(&mut rig, |rig| {
+                std::fs::write(rig.path(from), b"more").unwrap();
+                std::fs::remove_file(rig.path(to)).unwrap();
+                copy(rig);
+            });
+            let original = if from == "f" { f(1, 2) } else { f(1, 3) };
+            assert_eq!(found, [dir, original], "{to}, clean: {is_clean}");
+        }
+    }
 }
 
 /// A start that ends before it has looked at all is no start.
