@@ -261,7 +261,9 @@ impl Client {
         match run.go(&mut self.cache, &ctx.setup, &mut token) {
             Turn::Done { how, seen, written } => {
                 ctx.tell(|| format!("c{}: #{step} {:?}: {how:?}", self.no, run.op));
-                let healthy = self.healthy_since.is_some_and(|since| since <= run.began_at);
+                // who has just been cut off goes on with what is here
+                let healthy = self.cache.online
+                    && self.healthy_since.is_some_and(|since| since <= run.began_at);
                 for seen in seen.iter().filter(|_| healthy) {
                     if let Err(why) = ctx.history.allows(seen, run.began_at) {
                         ctx.fail(format!("c{}: #{step} {:?}: {why}", self.no, run.op));
