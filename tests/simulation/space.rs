@@ -35,6 +35,13 @@ fn of_store() -> Figure {
     charge::of_store(&[Range { at: 0, len: 1 }], PATH_LEN)
 }
 
+fn of_entry(entry: &Entry) -> Figure {
+    match &entry.record.op {
+        Op::Store { .. } => of_store(),
+        op => of(op),
+    }
+}
+
 /// A client's room.
 #[derive(Default)]
 pub struct Room {
@@ -49,6 +56,8 @@ pub struct Room {
     new: Option<Charge>,
     /// something was stored without a charge, as a new life does with what was open in the last one
     forced: bool,
+    /// what was in the journal when the machine had lost its power, and its figures were old
+    anew: Figure,
     /// what records took beyond what was granted: so far, and of those not acknowledged
     unpaid: (Figure, Figure),
 }
@@ -107,6 +116,8 @@ impl Room {
         if power {
             // the figures of another life of the machine may be old
             self.kept.granted = self.kept.returned;
+            let pending = journal.iter().skip(acked.0 as usize).map(|entry| of_entry(entry));
+            self.anew = if on { self.anew.plus(pending.sum()) } else { Figure::NONE };
         }
         self.grant = None;
         if on {
@@ -120,10 +131,7 @@ impl Room {
         }
         let grant = Grant::new(self.kept, false);
         for (nth, entry) in journal.iter().enumerate().skip(acked.0 as usize) {
-            let room = match &entry.record.op {
-                Op::Store { .. } => of_store(),
-                op => of(op),
-            };
+            let room = of_entry(entry);
             if Seq(nth as u64 + 1) > self.kept.upto {
                 grant.charge_done(room).bind(Seq(nth as u64 + 1), None);
             }
@@ -189,7 +197,7 @@ impl Disk {
 impl World {
     /// What clients hold is beside what is used, but for the charges of records that have arrived
     /// and are not acknowledged: these count twice. What a client's new life has to store anew it
-    /// stores, granted or not.
+    /// stores, granted or not; so it is with its journal when its figures went with the power.
     pub fn check_room(&mut self) {
         let (disk, volume) = (&self.server.disk, &self.server.volume);
         let Some(mut capacity) = disk.capacity else { return };
@@ -202,7 +210,7 @@ impl World {
             let room = &mut client.cache.room;
             room.note_unpaid(Figure::less(arrived, held));
             all = all.plus(held.less(arrived));
-            capacity = capacity.plus(room.unpaid.0);
+            capacity = capacity.plus(room.unpaid.0).plus(room.anew);
         }
         if !capacity.covers(all) {
             self.ctx.fail(format!("{MARK}{all:?} are used or held, of {capacity:?}"));
