@@ -61,11 +61,29 @@ impl Expect {
                     State::Written(from, bytes) => format!("{from}..{} not synced", bytes.len()),
                 };
                 let all: Vec<String> = states.iter().map(told).collect();
-                wrong.push(format!("{path}: is {}, may be {all:?}", told(&found)));
+                let how = differs(states.last(), &found);
+                wrong.push(format!("{path}: is {}, may be {all:?}{how}", told(&found)));
             }
             *states = vec![found];
         }
         wrong
+    }
+}
+
+/// Where two contents differ, and whether zeros stand there.
+fn differs(want: Option<&State>, found: &State) -> String {
+    let (Some(State::Whole(want) | State::Written(_, want)), State::Whole(found)) = (want, found)
+    else {
+        return String::new();
+    };
+    let other: Vec<usize> =
+        (0..want.len().min(found.len())).filter(|at| want[*at] != found[*at]).collect();
+    let zeros = other.iter().filter(|at| found[**at] == 0).count();
+    match (other.first(), other.last()) {
+        (Some(first), Some(last)) => {
+            format!("; {} bytes of {first}..={last} differ, {zeros} are zero", other.len())
+        }
+        _ => String::new(),
     }
 }
 

@@ -319,6 +319,20 @@ fn a_client_without_power() {
         wait_for("it is connected again", 30, || a.is_connected());
         let what = format!("seed {}, life {life}, away {away}", seed());
         let wrong = expect.lock().unwrap().check(a.path());
+        if !wrong.is_empty() {
+            a.sync();
+            for line in &wrong {
+                let path = line.split(':').next().unwrap();
+                let (here, there) = (fs::read(a.at(path)), fs::read(server.dir().join(path)));
+                let alike = here.ok() == there.ok();
+                println!("{path}: mount and server are alike: {alike}");
+                println!("{}", common::imz_run(&["inspect", a.at(path).to_str().unwrap()]).1);
+                println!(
+                    "{}",
+                    common::imz_run(&["kml", "dump", "--path", path, cache.to_str().unwrap()]).1
+                );
+            }
+        }
         assert!(wrong.is_empty(), "{what}: {wrong:#?}");
         a.sync();
         let differing = compare(a.path(), server.dir());
