@@ -116,7 +116,7 @@ impl Room {
         if power {
             // the figures of another life of the machine may be old
             self.kept.granted = self.kept.returned;
-            let pending = journal.iter().skip(acked.0 as usize).map(|entry| of_entry(entry));
+            let pending = journal.iter().skip(acked.0 as usize).map(of_entry);
             self.anew = if on { self.anew.plus(pending.sum()) } else { Figure::NONE };
         }
         self.grant = None;
