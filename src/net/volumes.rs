@@ -3,7 +3,8 @@
 //! Other threads of the process send an [`Order`] by [`Handle::order`] and wait for what came of it,
 //! never longer than [`ORDER_TIME_MAX`]. A volume is opened before it is handed to the loop, and
 //! closed after the loop has given it back, and the files of one that gets a limit are counted by a
-//! thread of their own, so that others are served meanwhile. A volume's place in the list is its number for the machine, and never used again: a removed one leaves a hole.
+//! thread of their own, so that others are served meanwhile. A volume's place in the list is its
+//! number for the machine, and never used again: a removed one leaves a hole.
 //! What is ordered is durable in the volume's state before it holds.
 
 use std::ops::{Index, IndexMut};
