@@ -341,6 +341,10 @@ pub fn write_range(
         Ok(())
     })?;
     cache.note_hydrated(fid);
+    if is_unsaved || cache.pending().is_dirty(fid) {
+        // After a power cut what pends is believed as it stands on the disk, and shipped.
+        cache.settle_hydrated(fid, &fd)?;
+    }
     crash::point("hydrate-written");
     match granule {
         Some((start, len)) => {

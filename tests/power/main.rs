@@ -337,6 +337,8 @@ fn a_client_without_power() {
         a.sync();
         let differing = compare(a.path(), server.dir());
         assert!(differing.is_empty(), "{what}: {differing:#?}");
+        let wrong = expect.lock().unwrap().check(a.path());
+        assert!(wrong.is_empty(), "{what}, changed by the sync: {wrong:#?}");
         assert!(!server.dir().join(".imz-conflicts").exists(), "{what}: conflicts");
         checked += expect.lock().unwrap().len();
         say(&a.said());
