@@ -446,6 +446,10 @@ impl Cache {
         self.hydrated().remove(&fid);
         Ok(())
     }
+    #[cfg(test)]
+    pub(super) fn is_settled(&self, fid: Fid) -> bool {
+        !self.hydrated().contains(&fid)
+    }
     fn hydrated(&self) -> MutexGuard<'_, HashSet<Fid>> {
         // Whole after every statement.
         self.hydrated.lock().unwrap_or_else(|e| e.into_inner())

@@ -474,6 +474,19 @@ fn new_contents_make_a_stub_and_new_attributes_do_not() {
     set_object(&rig.cache, &file(777, 1), Seq(0)).unwrap();
 }
 
+/// After a power cut a file whose record pends is believed as it stands.
+#[test]
+fn what_comes_into_a_file_that_was_written_is_durable() {
+    let rig = rig();
+    rig.list(1, 0, vec![("f", file(12, 700)), ("g", file(13, 700))]);
+    rig.own_store(12);
+    for (fid, settled) in [(12, true), (13, false)] {
+        rig.fill(fid, &[7; 700]);
+        assert!(rig.meta(fid).complete);
+        assert_eq!(rig.cache.is_settled(Fid(fid)), settled, "{fid}");
+    }
+}
+
 #[test]
 fn ranges_arrive_and_leave_no_trace_but_the_data() {
     let rig = rig();
